@@ -1,0 +1,74 @@
+/* Between Python and the core: the only folder that sees Python.h. */
+#ifndef FOLDPRUNE_BINDING_H
+#define FOLDPRUNE_BINDING_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
+#define PY_ARRAY_UNIQUE_SYMBOL foldprune_array_api
+#ifndef FOLDPRUNE_IMPORT_ARRAY
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+
+#include "foldprune.h"
+
+typedef struct module_state {
+    PyArray_Descr *bfloat16; /* ml_dtypes' registered type */
+    const fp_kernels *kernels;
+} module_state;
+
+module_state *state_of(PyObject *module);
+
+/* Raises the exception that belongs to a status and returns NULL. */
+PyObject *raise_status(fp_status status);
+
+/* 0, or -1 with TypeError set. */
+int dtype_of(PyObject *module, PyArrayObject *array, fp_dtype *dtype);
+
+/* A contiguous, aligned array of native byte order with one of the four dtypes, or (elements of 2, 4 or 8
+ * bytes) of any dtype. Borrowed; NULL with an exception set. */
+PyArrayObject *contiguous(PyObject *object, const char *what);
+
+/* 1-D contiguous array of one NumPy type. None gives NULL without an exception if allow_none. */
+int typed_vector(PyObject *object, int type, const char *what, int allow_none,
+                 PyArrayObject **out);
+
+/* (x, scale, col_scale or None) as a scored matrix; borrows from the tuple. */
+int scored_from(PyObject *module, PyObject *tuple, fp_scored *out);
+
+/* Strided 2-D (or with vector = 1 1-D) view; None leaves data NULL if allow_none. */
+int matrix_from(PyObject *module, PyObject *object, const char *what, int vector, int allow_none,
+                fp_matrix *out);
+
+/* The variant called `isa`, or the default for NULL; NULL with RuntimeError set. */
+const fp_kernels *kernels_named(PyObject *module, const char *isa);
+
+/* Bytes of workspace, freed with PyMem_RawFree. NULL with MemoryError set. */
+void *new_work(size_t bytes);
+
+/* Each is a METH_VARARGS | METH_KEYWORDS function; foldprune/_core.pyi says what they take. */
+#define DECLARE(name) PyObject *py_##name(PyObject *module, PyObject *args, PyObject *kwargs)
+DECLARE(all_finite);
+DECLARE(energy);
+DECLARE(histogram);
+DECLARE(select);
+DECLARE(mask_threshold);
+DECLARE(mask_rows);
+DECLARE(mask_nm);
+DECLARE(mask_blocks);
+DECLARE(mask_count);
+DECLARE(block_scores);
+DECLARE(pack);
+DECLARE(unpack);
+DECLARE(irc_spectrum);
+DECLARE(irc);
+DECLARE(dwc_spectrum);
+DECLARE(dwc_select);
+DECLARE(dwc_remainder);
+DECLARE(rope_scores);
+DECLARE(rope);
+#undef DECLARE
+
+#endif

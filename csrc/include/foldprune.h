@@ -1,0 +1,211 @@
+/* foldprune's C core: pruning and folding of weight matrices on raw buffers.
+ *
+ * Plain C11. Nothing here allocates memory or knows Python: where a function
+ * needs workspace, its _plan twin says how many bytes and the caller gives them.
+ * Every function that can fail returns an fp_status and validates its arguments
+ * before it writes anything. Results are the same bytes for any thread count.
+ */
+#ifndef FOLDPRUNE_H
+#define FOLDPRUNE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef enum fp_status {
+    FP_OK = 0,
+    FP_ERR_ARGUMENT,  /* a null pointer, a zero size or a flag nobody knows */
+    FP_ERR_DTYPE,     /* an element type that the function does not take */
+    FP_ERR_SHAPE,     /* sizes that disagree with each other */
+    FP_ERR_RANGE,     /* a rank, count or index outside its range */
+    FP_ERR_CORRUPT,   /* packed data that contradicts its mask or sizes */
+    FP_ERR_LAPACK,    /* LAPACK did not converge or refused its input */
+    FP_ERR_OVERFLOW,  /* a size that does not fit size_t or LAPACK's int */
+    FP_ERR_ISA        /* a kernel variant that is not compiled in or not supported here */
+} fp_status;
+
+/* A sentence for people; never NULL. */
+const char *fp_status_text(fp_status status);
+
+typedef enum fp_dtype { FP_F32 = 0, FP_F64, FP_F16, FP_BF16 } fp_dtype;
+
+size_t fp_dtype_size(fp_dtype dtype); /* bytes per element; 0 for an unknown dtype */
+
+/* ---- kernel variants (kernels/cpu.c) ------------------------------------------------ */
+
+typedef struct fp_kernels fp_kernels;
+
+/* The variant in use: the best one this processor runs, or the one that the environment
+ * variable FOLDPRUNE_ISA names ("scalar", "avx2", "avx512", "neon"). NULL if that one cannot
+ * be used here. */
+const fp_kernels *fp_kernels_default(void);
+
+/* Variant by name, or NULL if it is not compiled in or the processor lacks it. */
+const fp_kernels *fp_kernels_find(const char *isa);
+
+/* Names: compiled into this build, and whether the processor could run each known one.
+ * Both walk the known variants by index and return NULL / 0 past the end. */
+const char *fp_isa_name(size_t index);
+int fp_isa_compiled(size_t index);
+int fp_isa_supported(size_t index);
+const char *fp_kernels_name(const fp_kernels *kernels);
+
+/* ---- packing (methods/pack.c) ------------------------------------------------------- *
+ * A mask is a bit string over the elements in row-major order, least significant bit first,
+ * (n + 7) / 8 bytes, unused bits of the last byte zero. A set bit means "kept". */
+
+size_t fp_mask_bytes(size_t n);
+
+/* Number of set bits. FP_ERR_CORRUPT if an unused bit is set. */
+fp_status fp_mask_count(const uint8_t *mask, size_t n, size_t *kept);
+
+/* values[0 .. kept) = the kept elements of x (n elements of item_size 2, 4 or 8 bytes) in order. kept
+ * must be fp_mask_count's answer. */
+fp_status fp_pack(const fp_kernels *kernels, const void *x, size_t item_size, size_t n,
+                  const uint8_t *mask, void *values, size_t kept, int threads);
+
+/* The inverse: x[i] = next value where the bit is set, 0 elsewhere. */
+fp_status fp_unpack(const fp_kernels *kernels, const void *values, size_t kept, size_t item_size,
+                    const uint8_t *mask, size_t n, void *x, int threads);
+
+/* ---- forward propagation pruning: scores, selection, masks (methods/fpp.c, select.c) - */
+
+/* A matrix whose elements compete to be kept. The score of x[i][j] is
+ * |x[i][j]| * scale * (col_scale ? col_scale[j] : 1), in float32 (float64 for FP_F64).
+ * Row-major, contiguous, aligned to its element. */
+typedef struct fp_scored {
+    const void *x;
+    fp_dtype dtype;
+    size_t rows, cols;
+    double scale;
+    const float *col_scale; /* NULL, or cols non-negative numbers */
+} fp_scored;
+
+/* 1 if no element is NaN or infinite. */
+int fp_all_finite(const void *x, fp_dtype dtype, size_t n, int threads);
+
+/* Sum of squares of the elements times col_scale, in float64. Same bits for any thread count. */
+double fp_energy(const fp_scored *t, int threads);
+
+/* Number of elements by the upper 16 bits of their float32 score (sign bit excluded, so 15
+ * exponent-and-mantissa bits: bin = bits >> 16). Histograms of several matrices add up. */
+enum { FP_HISTOGRAM_BINS = 1 << 15 };
+size_t fp_histogram_work(int threads);
+fp_status fp_histogram(const fp_scored *t, size_t count, uint64_t histogram[FP_HISTOGRAM_BINS],
+                       int threads, void *work, size_t work_bytes);
+
+/* The score such that removing every smaller one, and the first `ties` that equal it (in order of
+ * matrix and index), removes exactly k of all elements. Exact, by selection on the bits of
+ * the score; never sorts. k from 0 to the number of elements. */
+typedef struct fp_threshold {
+    double score;
+    uint64_t ties;
+} fp_threshold;
+size_t fp_select_work(const fp_scored *t, size_t count, int threads);
+fp_status fp_select(const fp_kernels *kernels, const fp_scored *t, size_t count, uint64_t k,
+                    fp_threshold *out, int threads, void *work, size_t work_bytes);
+
+/* Mask of one matrix under a threshold. `ties` is how many elements equal to it may still be removed;
+ * *ties_used how many were. */
+size_t fp_mask_work(const fp_scored *t);
+fp_status fp_mask_threshold(const fp_kernels *kernels, const fp_scored *t, fp_threshold threshold,
+                            uint8_t *mask, uint64_t *ties_used, int threads, void *work,
+                            size_t work_bytes);
+
+/* Mask that removes the k lowest scores of every row (ties: the first). */
+size_t fp_mask_rows_work(const fp_scored *t, int threads);
+fp_status fp_mask_rows(const fp_scored *t, size_t k, uint8_t *mask, int threads, void *work,
+                       size_t work_bytes);
+
+/* Mask that keeps the n highest scores of every m consecutive columns (ties: the first kept); a last
+ * group of fewer than m keeps at most n. 1 <= n <= m <= 64. */
+fp_status fp_mask_nm(const fp_scored *t, unsigned n, unsigned m, uint8_t *mask, int threads);
+
+/* Root mean square score of every block_rows x block_cols block, grid in row-major order; blocks at the
+ * right and lower edge may be smaller. */
+fp_status fp_block_scores(const fp_scored *t, size_t block_rows, size_t block_cols, float *scores,
+                          int threads);
+
+/* Mask of elements from a mask over such a grid of blocks. */
+fp_status fp_mask_blocks(const uint8_t *block_mask, size_t rows, size_t cols, size_t block_rows,
+                         size_t block_cols, uint8_t *mask, int threads);
+
+/* ---- folding: products seen only as M = left^T right (methods/fold.c, irc.c, dwc.c) -- */
+
+/* A view of a logical matrix; strides in bytes, of any sign, so fused, interleaved and
+ * transposed tensors need no copy. */
+typedef struct fp_matrix {
+    const void *data;
+    fp_dtype dtype;
+    size_t rows, cols;
+    ptrdiff_t row_stride, col_stride;
+} fp_matrix;
+
+/* The heads of one attention block. Head i of `heads` owns rows i*head_dim .. of `left`; `right` has
+ * groups such blocks of rows, each shared by heads / groups consecutive heads (grouped-query
+ * attention). IRC: left = [W_q b_q], right = W_k. DWC: left = W_o transposed, right = W_v.
+ * left_bias (heads * head_dim numbers, or data NULL) is one more column of left; right_extra one more
+ * column of right, carried along but never chosen as a pivot. */
+typedef struct fp_heads {
+    fp_matrix left, right;
+    fp_matrix left_bias, right_extra; /* (n x 1) views, data NULL if absent */
+    size_t heads, groups, head_dim;
+} fp_heads;
+
+/* What a fold writes, all float64, row-major. n = left.cols + bias, d = right.cols, e = extra.
+ * Where a group's rank is below its capacity, the rows past it are zero and its pivots -1. */
+typedef struct fp_fold_out {
+    double *left;     /* heads x capacity x n */
+    double *right;    /* groups x capacity x (d + e) */
+    int32_t *pivots;  /* groups x capacity: pivots of the identity, or NULL for no gauge */
+    int32_t *ranks;   /* groups */
+    double *error;    /* groups: squared Frobenius error of M */
+    double *energy;   /* groups: squared Frobenius norm of M */
+    size_t capacity;  /* rows per head that left, right and pivots have room for */
+} fp_fold_out;
+
+size_t fp_fold_work(const fp_heads *h, int threads);
+
+/* Squared singular values of each group's M in descending order: groups x head_dim. */
+fp_status fp_irc_spectrum(const fp_heads *h, double *squared, int threads, void *work,
+                          size_t work_bytes);
+
+/* IRC: rank-r factors of M per group (ranks[j] <= head_dim; ranks NULL means all of M, by its
+ * numerical rank). With out->pivots the right factor holds the identity in `rank` of its columns,
+ * chosen by column-pivoted QR, so that rank^2 numbers need no storing; without, the
+ * factors are balanced (equal singular values). */
+fp_status fp_irc_apply(const fp_heads *h, const int32_t *ranks, fp_fold_out *out, int threads,
+                       void *work, size_t work_bytes);
+
+/* DWC with given columns (groups x capacity) or, with columns NULL, the capacity columns of M of
+ * largest norm: left = M[:, S]^T, right = identity in S (extra: least squares). */
+fp_status fp_dwc_select(const fp_heads *h, const int32_t *columns, fp_fold_out *out, int threads,
+                        void *work, size_t work_bytes);
+
+/* DWC lossless gauge with the remainder cut to rank k per group (remainder_ranks NULL: kept whole, as
+ * fp_irc_apply without ranks). The remainder stands in the non-pivot columns of out->right, and its
+ * factors in a (groups x capacity x head_dim, first k columns used) and
+ * b (groups x head_dim x d, first k rows used, zero at pivots). */
+fp_status fp_dwc_remainder(const fp_heads *h, const int32_t *remainder_ranks, fp_fold_out *out,
+                           double *a, double *b, int threads, void *work, size_t work_bytes);
+
+/* Squared singular values of the weighted remainder per group: groups x head_dim. */
+fp_status fp_dwc_spectrum(const fp_heads *h, double *squared, double *energy, int threads,
+                          void *work, size_t work_bytes);
+
+/* ---- rotary position embedding: folds that commute with the rotation (methods/rope.c) */
+
+typedef enum fp_rope { FP_ROPE_HALF = 0, FP_ROPE_ADJACENT = 1 } fp_rope;
+
+/* Expected contribution |q_p|^2 |k_p|^2 of every plane p to the logits: groups x head_dim / 2. Both
+ * bias columns count (left_bias, right_extra): under rotation neither drops out. */
+fp_status fp_rope_scores(const fp_heads *h, fp_rope pairing, double *scores, int threads);
+
+/* Keep the ranks[j] planes of group j of largest score (fp_rope_scores' answer; ranks NULL: every plane
+ * that contributes), stored in ascending order. left: heads x capacity x 2 x n,
+ * right: groups x capacity x 2 x (d + e), planes and out->pivots: groups x capacity, -1 past the rank. With
+ * out->pivots each kept plane is rotated and scaled so that its pivot column is (1, 0): two numbers
+ * that need no storing. */
+fp_status fp_rope_apply(const fp_heads *h, fp_rope pairing, const double *scores,
+                        const int32_t *ranks, int32_t *planes, fp_fold_out *out, int threads);
+
+#endif

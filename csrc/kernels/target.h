@@ -1,0 +1,29 @@
+/* Sets the instruction set inside a variant's file:
+ *
+ *     FP_TARGET_BEGIN(FP_AVX2_FEATURES)   after the #includes
+ *     ...
+ *     FP_TARGET_END
+ *
+ * No -march flag is ever passed: it would also reach inline functions of system headers, whose
+ * copies the linker may then pick for baseline code. */
+#ifndef FOLDPRUNE_TARGET_H
+#define FOLDPRUNE_TARGET_H
+
+#define FP_PRAGMA(text) _Pragma(#text)
+
+#if defined(__clang__)
+#define FP_TARGET_BEGIN(features)                                                                  \
+    FP_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define FP_TARGET_END FP_PRAGMA(clang attribute pop)
+#define FP_UNROLL FP_PRAGMA(unroll)
+#else
+#define FP_TARGET_BEGIN(features) FP_PRAGMA(GCC push_options) FP_PRAGMA(GCC target(features))
+#define FP_TARGET_END FP_PRAGMA(GCC pop_options)
+#define FP_UNROLL FP_PRAGMA(GCC unroll 32)
+#endif
+
+/* What cpu.c checks before it chooses the variant, and nothing more. */
+#define FP_AVX2_FEATURES "avx2,f16c,bmi2,popcnt"
+#define FP_AVX512_FEATURES "avx2,f16c,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq"
+
+#endif

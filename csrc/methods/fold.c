@@ -1,0 +1,286 @@
+#include "fold.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "matrix.h"
+
+static const double ONE = 1.0, ZERO = 0.0;
+
+static int32_t max32(int32_t a, int32_t b)
+{
+    return a > b ? a : b;
+}
+
+static int32_t min32(int32_t a, int32_t b)
+{
+    return a < b ? a : b;
+}
+
+static void raise_to(int32_t *largest, double wanted)
+{
+    *largest = max32(*largest, (int32_t)wanted);
+}
+
+/* Largest workspace of the LAPACK calls below, by LAPACK's own queries. */
+static int32_t query_lapack(const fp_fold_dims *m)
+{
+    int32_t query = -1, info, largest = 1, rank;
+    double size, dummy = 0;
+    int32_t idummy = 0;
+    fp_dgeqrf(&m->N, &m->h, &dummy, &m->N, &dummy, &size, &query, &info);
+    raise_to(&largest, size);
+    fp_dgeqp3(&m->h, &m->d, &dummy, &m->h, &idummy, &dummy, &size, &query, &info);
+    raise_to(&largest, size);
+    int32_t one = 1, reflectors = min32(m->h, m->d);
+    fp_dormqr("L", "T", &m->h, &one, &reflectors, &dummy, &m->h, &dummy, &dummy, &m->h, &size, &query, &info, 1,
+     1);
+    raise_to(&largest, size);
+    fp_dgesdd("S", &m->h, &m->d, &dummy, &m->h, &dummy, &dummy, &m->h, &dummy, &reflectors, &size, &query,
+     &idummy, &info, 1);
+    raise_to(&largest, size);
+    /* the remainders that are decomposed too may be of any smaller shape: LAPACK's bound for them */
+    raise_to(&largest, 4.0 * m->h * m->h + 8.0 * m->h + m->d);
+    int32_t most = max32(m->h, m->d); /* least squares on up to h x d columns */
+    fp_dgelsd(&m->h, &m->d, &one, &dummy, &m->h, &dummy, &most, &dummy, &ZERO, &rank, &size, &query, &idummy,
+     &info);
+    raise_to(&largest, size);
+    return largest;
+}
+
+static fp_status plan_dims(const fp_heads *h, fp_fold_dims *m)
+{
+    if (!h || !h->heads || !h->groups || !h->head_dim || h->heads % h->groups)
+        return FP_ERR_ARGUMENT;
+    size_t n = h->left.cols + (h->left_bias.data != NULL);
+    size_t de = h->right.cols + (h->right_extra.data != NULL);
+    size_t per_group = h->heads / h->groups, largest = INT32_MAX / 4;
+    if (!h->left.cols || !h->right.cols || h->head_dim > largest || n > largest / per_group ||
+        de > largest || h->head_dim > largest / (de > n * per_group ? de : n * per_group))
+        return FP_ERR_OVERFLOW;
+    *m = (fp_fold_dims){.per_group = per_group,
+                        .h = (int32_t)h->head_dim,
+                        .n = (int32_t)n,
+                        .N = (int32_t)(n * per_group),
+                        .d = (int32_t)h->right.cols,
+                        .de = (int32_t)de};
+    m->k = min32(m->N, m->h);
+    m->lapack_work = query_lapack(m);
+    return FP_OK;
+}
+
+static fp_status check_heads(const fp_heads *h)
+{
+    const fp_matrix *views[] = {&h->left, &h->right};
+    for (int i = 0; i < 2; i++) {
+        fp_status status = fp_matrix_check(views[i]);
+        if (status)
+            return status;
+    }
+    if (h->left.rows != h->heads * h->head_dim || h->right.rows != h->groups * h->head_dim)
+        return FP_ERR_SHAPE;
+    if (h->left_bias.data && (h->left_bias.rows != h->left.rows || h->left_bias.cols != 1))
+        return FP_ERR_SHAPE;
+    if (h->right_extra.data && (h->right_extra.rows != h->right.rows || h->right_extra.cols != 1))
+        return FP_ERR_SHAPE;
+    return FP_OK;
+}
+
+/* Gives out pieces of a buffer, or with base NULL only adds up their sizes. */
+static void *take(char *base, size_t *used, size_t items, size_t size)
+{
+    void *piece = base ? base + *used : NULL;
+    *used += (items * size + 63) / 64 * 64;
+    return piece;
+}
+
+static fp_fold_buffers lay_out(const fp_fold_dims *m, char *base, size_t *bytes)
+{
+    size_t h = (size_t)m->h, N = (size_t)m->N, d = (size_t)m->d, de = (size_t)m->de, used = 0;
+    size_t item = sizeof(double);
+    fp_fold_buffers w;
+    w.left = take(base, &used, h * N, item);
+    w.right = take(base, &used, h * de, item);
+    w.qr = take(base, &used, h * N, item);
+    w.r_left = take(base, &used, h * h, item);
+    w.x = take(base, &used, h * de, item);
+    w.y = take(base, &used, h * de, item);
+    w.u = take(base, &used, h * h, item);
+    w.vt = take(base, &used, h * d, item);
+    w.s = take(base, &used, h, item);
+    w.tau = take(base, &used, h > d ? h : d, item);
+    w.basis = take(base, &used, h * h, item);
+    w.mix = take(base, &used, h * h, item);
+    w.lapack = take(base, &used, (size_t)m->lapack_work, item);
+    w.pivots = take(base, &used, d, sizeof(int32_t));
+    /* dgesdd wants 8 min(rows, cols), dgelsd at most min x (3 log2(min) + 11) */
+    w.ints = take(base, &used, h * 128, sizeof(int32_t));
+    *bytes = used;
+    return w;
+}
+
+size_t fp_fold_work(const fp_heads *h, int threads)
+{
+    fp_fold_dims m;
+    size_t bytes;
+    if (plan_dims(h, &m))
+        return 0;
+    lay_out(&m, NULL, &bytes);
+    return (size_t)fp_clamp_threads(threads) * bytes + h->groups * sizeof(fp_status);
+}
+
+fp_status fp_fold_run(fp_fold_call *call, fp_task task, int threads, void *work, size_t work_bytes)
+{
+    fp_status status = plan_dims(call->heads, &call->dims);
+    if (!status)
+        status = check_heads(call->heads);
+    if (status)
+        return status;
+    threads = fp_clamp_threads(threads);
+    if (!work || work_bytes < fp_fold_work(call->heads, threads))
+        return FP_ERR_ARGUMENT;
+    lay_out(&call->dims, NULL, &call->stride);
+    call->buffers = work;
+    call->status = (fp_status *)(void *)((char *)work + (size_t)threads * call->stride);
+    fp_parallel_for(call->heads->groups, threads, task, call);
+    for (size_t j = 0; j < call->heads->groups; j++)
+        if (call->status[j])
+            return call->status[j];
+    return FP_OK;
+}
+
+fp_fold_buffers fp_fold_worker(const fp_fold_call *call, int worker)
+{
+    size_t bytes;
+    return lay_out(&call->dims, call->buffers + (size_t)worker * call->stride, &bytes);
+}
+
+fp_status fp_fold_load(const fp_fold_call *call, size_t group, fp_fold_buffers *w, double *energy)
+{
+    const fp_heads *heads = call->heads;
+    const fp_fold_dims *m = &call->dims;
+    size_t h = heads->head_dim, N = (size_t)m->N, de = (size_t)m->de;
+    for (size_t i = 0; i < m->per_group; i++) {
+        size_t row = (group * m->per_group + i) * h, offset = i * (size_t)m->n;
+        fp_matrix_load(&heads->left, row, h, w->left + offset, N, 1);
+        if (heads->left_bias.data)
+            fp_matrix_load(&heads->left_bias, row, h, w->left + offset + heads->left.cols, N, 1);
+    }
+    fp_matrix_load(&heads->right, group * h, h, w->right, de, 1);
+    if (heads->right_extra.data)
+        fp_matrix_load(&heads->right_extra, group * h, h, w->right + m->d, de, 1);
+
+    int32_t info;
+    memcpy(w->qr, w->left, h * N * sizeof(double)); /* row-major h x N is column-major N x h */
+    fp_dgeqrf(&m->N, &m->h, w->qr, &m->N, w->tau, w->lapack, &m->lapack_work, &info);
+    if (info)
+        return FP_ERR_LAPACK;
+    for (int32_t c = 0; c < m->h; c++)
+        for (int32_t r = 0; r < m->k; r++)
+            w->r_left[r + c * m->k] = r <= c ? w->qr[r + (size_t)c * N] : 0.0;
+    fp_dgemm("N", "T", &m->k, &m->de, &m->h, &ONE, w->r_left, &m->k, w->right, &m->de, &ZERO, w->x, &m->k, 1,
+     1);
+    double sum = 0;
+    for (size_t i = 0; i < (size_t)m->k * (size_t)m->d; i++)
+        sum += w->x[i] * w->x[i];
+    *energy = sum;
+    return isfinite(sum) ? FP_OK : FP_ERR_LAPACK;
+}
+
+fp_status fp_fold_svd(const fp_fold_dims *m, int32_t rows, int32_t cols, fp_fold_buffers *w)
+{
+    int32_t info, least = min32(rows, cols);
+    fp_dgesdd("S", &rows, &cols, w->y, &rows, w->s, w->u, &rows, w->vt, &least, w->lapack, &m->lapack_work,
+     w->ints, &info, 1);
+    return info ? FP_ERR_LAPACK : FP_OK;
+}
+
+int32_t fp_fold_numerical_rank(const fp_fold_dims *m, const double *s, int32_t n, int32_t stride)
+{
+    double noise = 8.0 * DBL_EPSILON * (double)max32(max32(m->N, m->d), m->h);
+    int32_t rank = 0;
+    while (rank < n && fabs(s[(size_t)rank * (size_t)stride]) > noise * fabs(s[0]))
+        rank++;
+    return rank;
+}
+
+void fp_fold_solve(int32_t rank, int32_t rows, int32_t cols, const double *r11, double *z, int32_t ldz)
+{
+    if (rank && cols)
+        fp_dtrsm("L", "U", "N", "N", &rank, &cols, &ONE, r11, &rows, z, &ldz, 1, 1, 1, 1);
+}
+
+fp_status fp_fold_gauge(const fp_fold_dims *m, int32_t rows, int32_t extra, int keep_r12,
+                        fp_fold_buffers *w, int32_t *rank)
+{
+    int32_t info, reflectors = min32(rows, m->d);
+    memset(w->pivots, 0, (size_t)m->d * sizeof *w->pivots); /* every column is free to move */
+    fp_dgeqp3(&rows, &m->d, w->y, &rows, w->pivots, w->tau, w->lapack, &m->lapack_work, &info);
+    if (info)
+        return FP_ERR_LAPACK;
+    double *carried = w->y + (size_t)rows * (size_t)m->d;
+    if (extra)
+        fp_dormqr("L", "T", &rows, &extra, &reflectors, w->y, &rows, w->tau, carried, &rows, w->lapack,
+     &m->lapack_work, &info, 1, 1);
+    if (info)
+        return FP_ERR_LAPACK;
+    for (int32_t j = 0; j < m->d; j++)
+        w->pivots[j]--; /* LAPACK counts from 1 */
+    *rank = fp_fold_numerical_rank(m, w->y, reflectors, rows + 1);
+    double *rest = w->y + (size_t)rows * (size_t)*rank;
+    if (keep_r12)
+        fp_fold_solve(*rank, rows, extra, w->y, carried, rows);
+    else
+        fp_fold_solve(*rank, rows, m->d - *rank + extra, w->y, rest, rows);
+    return FP_OK;
+}
+
+void fp_fold_clear(const fp_fold_call *call, size_t group)
+{
+    const fp_fold_dims *m = &call->dims;
+    fp_fold_out *out = call->out;
+    size_t left = m->per_group * out->capacity * (size_t)m->n;
+    memset(out->left + group * left, 0, left * sizeof(double));
+    size_t right = out->capacity * (size_t)m->de;
+    memset(out->right + group * right, 0, right * sizeof(double));
+    for (size_t i = 0; out->pivots && i < out->capacity; i++)
+        out->pivots[group * out->capacity + i] = -1;
+}
+
+void fp_fold_write_gauge(const fp_fold_call *call, size_t group, const fp_fold_buffers *w,
+                         int32_t rows, int32_t rank, int with_rest)
+{
+    const fp_fold_dims *m = &call->dims;
+    size_t capacity = call->out->capacity, de = (size_t)m->de;
+    double *right = call->out->right + group * capacity * de;
+    for (int32_t i = 0; i < rank; i++) {
+        double *row = right + (size_t)i * de;
+        const double *source = w->y + i;
+        call->out->pivots[group * capacity + (size_t)i] = w->pivots[i];
+        row[w->pivots[i]] = 1.0;
+        for (int32_t j = rank; with_rest && j < m->d; j++)
+            row[w->pivots[j]] = source[(size_t)j * (size_t)rows];
+        for (int32_t j = m->d; j < m->de; j++)
+            row[j] = source[(size_t)j * (size_t)rows];
+    }
+}
+
+void fp_fold_pick_columns(const fp_fold_dims *m, const fp_fold_buffers *w, const int32_t *pivots,
+                          int32_t rank)
+{
+    for (int32_t j = 0; j < rank; j++)
+        for (int32_t i = 0; i < m->h; i++)
+            w->basis[i + (size_t)j * (size_t)m->h] =
+                w->right[(size_t)i * (size_t)m->de + (size_t)pivots[j]];
+}
+
+void fp_fold_project(const fp_fold_call *call, size_t group, const fp_fold_buffers *w, int32_t rank)
+{
+    const fp_fold_dims *m = &call->dims;
+    size_t size = call->out->capacity * (size_t)m->n;
+    double *left = call->out->left + group * m->per_group * size;
+    for (size_t i = 0; rank && i < m->per_group; i++)
+        fp_dgemm("N", "N", &m->n, &rank, &m->h, &ONE, w->left + i * (size_t)m->n, &m->N, w->basis, &m->h, &ZERO,
+     left + i * size, &m->n, 1, 1);
+}

@@ -1,0 +1,143 @@
+/* Identical row compression: low-rank and lossless folds of query and key. */
+#include <math.h>
+#include <string.h>
+
+#include "fold.h"
+
+static void spectrum_group(void *context, size_t group, int worker)
+{
+    fp_fold_call *call = context;
+    const fp_fold_dims *m = &call->dims;
+    fp_fold_buffers w = fp_fold_worker(call, worker);
+    double energy;
+    fp_status status = fp_fold_load(call, group, &w, &energy);
+    if (!status) {
+        memcpy(w.y, w.x, (size_t)m->k * (size_t)m->d * sizeof(double));
+        status = fp_fold_svd(m, m->k, m->d, &w);
+    }
+    int32_t least = m->k < m->d ? m->k : m->d;
+    for (int32_t i = 0; !status && i < m->h; i++)
+        call->squared[group * (size_t)m->h + (size_t)i] = i < least ? w.s[i] * w.s[i] : 0.0;
+    call->status[group] = status;
+}
+
+fp_status fp_irc_spectrum(const fp_heads *h, double *squared, int threads, void *work,
+                          size_t work_bytes)
+{
+    if (!squared)
+        return FP_ERR_ARGUMENT;
+    fp_fold_call call = {.heads = h, .squared = squared};
+    return fp_fold_run(&call, spectrum_group, threads, work, work_bytes);
+}
+
+/* Best rank-r part of X = U S V^T. Leaves S_r V_r^T (r x d) in y and R V_r (h x r) in mix: M_r = left^T
+ * mix V_r^T. */
+static fp_status truncate(const fp_fold_dims *m, fp_fold_buffers *w, int32_t wanted, int32_t *rank,
+                          double *error)
+{
+    const double one = 1.0, zero = 0.0;
+    int32_t least = m->k < m->d ? m->k : m->d;
+    memcpy(w->y, w->x, (size_t)m->k * (size_t)m->d * sizeof(double));
+    fp_status status = fp_fold_svd(m, m->k, m->d, w);
+    if (status)
+        return status;
+    *rank = fp_fold_numerical_rank(m, w->s, least, 1);
+    if (*rank > wanted)
+        *rank = wanted;
+    *error = 0;
+    for (int32_t i = *rank; i < least; i++)
+        *error += w->s[i] * w->s[i];
+    for (int32_t j = 0; j < m->d; j++)
+        for (int32_t i = 0; i < *rank; i++)
+            w->y[i + (size_t)j * (size_t)*rank] = w->s[i] * w->vt[i + (size_t)j * (size_t)least];
+    if (*rank)
+        fp_dgemm("T", "T", &m->h, rank, &m->d, &one, w->right, &m->de, w->vt, &least, &zero, w->mix, &m->h, 1, 1);
+    return FP_OK;
+}
+
+/* basis = mix V_r^T at the pivots. */
+static void mix_at_pivots(const fp_fold_dims *m, fp_fold_buffers *w, int32_t rank, int32_t kept)
+{
+    const double one = 1.0, zero = 0.0;
+    int32_t least = m->k < m->d ? m->k : m->d;
+    double *columns = w->u; /* rank x kept; U is no longer needed */
+    for (int32_t j = 0; j < kept; j++)
+        for (int32_t i = 0; i < rank; i++)
+            columns[i + (size_t)j * (size_t)rank] =
+                w->vt[i + (size_t)w->pivots[j] * (size_t)least];
+    if (kept)
+        fp_dgemm("N", "N", &m->h, &kept, &rank, &one, w->mix, &m->h, columns, &rank, &zero, w->basis, &m->h, 1, 1);
+}
+
+static void write_balanced(const fp_fold_call *call, size_t group, fp_fold_buffers *w, int32_t rank)
+{
+    const fp_fold_dims *m = &call->dims;
+    int32_t least = m->k < m->d ? m->k : m->d;
+    double *right = call->out->right + group * call->out->capacity * (size_t)m->de;
+    for (int32_t i = 0; i < rank; i++) {
+        double root = sqrt(w->s[i]);
+        for (int32_t j = 0; j < m->d; j++)
+            right[(size_t)i * (size_t)m->de + (size_t)j] =
+                root * w->vt[i + (size_t)j * (size_t)least];
+        for (int32_t j = 0; j < m->h; j++)
+            w->basis[j + (size_t)i * (size_t)m->h] = w->mix[j + (size_t)i * (size_t)m->h] / root;
+    }
+}
+
+static void fold_group(void *context, size_t group, int worker)
+{
+    fp_fold_call *call = context;
+    const fp_fold_dims *m = &call->dims;
+    fp_fold_out *out = call->out;
+    fp_fold_buffers w = fp_fold_worker(call, worker);
+    int32_t rank = 0, rows = m->k;
+    double error = 0, energy;
+    fp_status status = fp_fold_load(call, group, &w, &energy);
+    fp_fold_clear(call, group);
+    if (status)
+        goto done;
+    if (!call->ranks && out->pivots) { /* all of M: no truncation, one rounding less */
+        memcpy(w.y, w.x, (size_t)m->k * (size_t)m->de * sizeof(double));
+    } else {
+        status = truncate(m, &w, call->ranks ? call->ranks[group] : m->h, &rank, &error);
+        rows = rank;
+        if (status || !rank)
+            goto done;
+    }
+    if (!out->pivots) {
+        write_balanced(call, group, &w, rank);
+    } else {
+        status = fp_fold_gauge(m, rows, call->ranks ? 0 : m->de - m->d, 0, &w, &rank);
+        if (status)
+            goto done;
+        if (call->ranks)
+            mix_at_pivots(m, &w, rows, rank);
+        else
+            fp_fold_pick_columns(m, &w, w.pivots, rank);
+        fp_fold_write_gauge(call, group, &w, rows, rank, 1);
+    }
+    fp_fold_project(call, group, &w, rank);
+done:
+    if (!status) {
+        out->ranks[group] = rank;
+        out->error[group] = error;
+        out->energy[group] = energy;
+    }
+    call->status[group] = status;
+}
+
+fp_status fp_irc_apply(const fp_heads *h, const int32_t *ranks, fp_fold_out *out, int threads,
+                       void *work, size_t work_bytes)
+{
+    if (!h || !out || !out->left || !out->right || !out->ranks || !out->error || !out->energy)
+        return FP_ERR_ARGUMENT;
+    if (h->right_extra.data && (ranks || !out->pivots))
+        return FP_ERR_ARGUMENT; /* only the whole gauge carries the extra column */
+    for (size_t j = 0; ranks && j < h->groups; j++)
+        if (ranks[j] < 0 || (size_t)ranks[j] > h->head_dim || (size_t)ranks[j] > out->capacity)
+            return FP_ERR_RANGE;
+    if (!ranks && out->capacity < h->head_dim)
+        return FP_ERR_RANGE;
+    fp_fold_call call = {.heads = h, .ranks = ranks, .out = out};
+    return fp_fold_run(&call, fold_group, threads, work, work_bytes);
+}

@@ -1,0 +1,51 @@
+"""Exceptions and warnings. Every exception is also the built-in one a caller would expect."""
+
+from __future__ import annotations
+
+__all__ = [
+    "FoldpruneError",
+    "FoldpruneWarning",
+    "FormatError",
+    "HeadSizeWarning",
+    "ModelError",
+    "RateError",
+    "TensorError",
+    "TensorTypeError",
+    "UnmatchedTensorWarning",
+]
+
+
+class FoldpruneError(Exception):
+    """Base class of every error that foldprune raises on purpose."""
+
+
+class TensorError(FoldpruneError, ValueError):
+    """A tensor's values or shape cannot be compressed; the message names the tensor."""
+
+
+class TensorTypeError(FoldpruneError, TypeError):
+    """An entry is not a tensor, or of a dtype that weights cannot have."""
+
+
+class ModelError(FoldpruneError, ValueError):
+    """The model is unknown, incomplete, or contradicts its configuration."""
+
+
+class RateError(FoldpruneError, ValueError):
+    """The asked rate cannot be reached; the message says which is the largest that can."""
+
+
+class FormatError(FoldpruneError, ValueError):
+    """A file is not a foldprune file, is damaged, or is of a newer version."""
+
+
+class FoldpruneWarning(UserWarning):
+    """Base class of foldprune's warnings."""
+
+
+class HeadSizeWarning(FoldpruneWarning):
+    """The head size was assumed, not known."""
+
+
+class UnmatchedTensorWarning(FoldpruneWarning):
+    """Tensors outside the known architecture were left as they are."""

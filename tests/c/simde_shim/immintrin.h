@@ -1,0 +1,48 @@
+/* Stands in for the compiler's <immintrin.h>: SIMDe's portable versions of the intrinsics, so that
+ * the AVX2 and AVX-512 kernels run on any x86-64 processor. Include path of one test build only. */
+#ifndef FP_SIMDE_SHIM_H
+#define FP_SIMDE_SHIM_H
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+
+#include "kernels.h"
+#include "target.h"
+
+#undef FP_AVX2_FEATURES
+#undef FP_AVX512_FEATURES
+#define FP_AVX2_FEATURES "sse2"
+#define FP_AVX512_FEATURES "sse2"
+
+/* What SIMDe lacks. */
+typedef uint8_t __mmask8;
+typedef uint16_t __mmask16;
+#define _mm_popcnt_u32(m) __builtin_popcount(m)
+#define _mm_popcnt_u64(m) __builtin_popcountll(m)
+
+static inline __m512 fp_cvtph(__m256i x)
+{
+    uint16_t halves[16];
+    float floats[16];
+    _mm256_storeu_si256((__m256i *)halves, x);
+    fp_half_to_float_scalar(halves, 16, floats);
+    return _mm512_loadu_ps(floats);
+}
+#define _mm512_cvtph_ps fp_cvtph
+
+#define FP_SHIM_EXPAND(bits, lanes)                                                                \
+    static inline __m512i fp_expand##bits(uint32_t m, __m512i x)                                   \
+    {                                                                                              \
+        uint##bits##_t from[lanes], to[lanes];                                                     \
+        _mm512_storeu_si512(from, x);                                                              \
+        for (int i = 0, k = 0; i < (lanes); i++)                                                   \
+            to[i] = m >> i & 1 ? from[k++] : 0;                                                    \
+        return _mm512_loadu_si512(to);                                                             \
+    }
+FP_SHIM_EXPAND(32, 16)
+FP_SHIM_EXPAND(64, 8)
+#define _mm512_maskz_expand_epi32 fp_expand32
+#define _mm512_maskz_expand_epi64 fp_expand64
+
+#endif
