@@ -1,0 +1,51 @@
+"""Smaller transformer checkpoints by pruning and by folding attention.
+
+>>> import foldprune
+>>> compressed = foldprune.compress(model.state_dict(), 0.3, num_heads=12)  # doctest: +SKIP
+>>> print(compressed.report)  # doctest: +SKIP
+>>> compressed.save("model.safetensors")  # doctest: +SKIP
+>>> model.load_state_dict(foldprune.load("model.safetensors").state_dict())  # doctest: +SKIP
+"""
+
+import scipy_openblas32 as _openblas  # noqa: F401  (loads the library that _core is linked to)
+
+from . import schemas
+from .api import compress
+from .compressed import Compressed
+from .container import load
+from .errors import (
+    FoldpruneError,
+    FoldpruneWarning,
+    FormatError,
+    HeadSizeWarning,
+    ModelError,
+    RateError,
+    TensorError,
+    TensorTypeError,
+    UnmatchedTensorWarning,
+)
+from .recipe import Recipe
+from .report import Report, Row, Total
+from .verify import Verification, verify
+
+__all__ = [
+    "Compressed",
+    "FoldpruneError",
+    "FoldpruneWarning",
+    "FormatError",
+    "HeadSizeWarning",
+    "ModelError",
+    "RateError",
+    "Recipe",
+    "Report",
+    "Row",
+    "TensorError",
+    "TensorTypeError",
+    "Total",
+    "UnmatchedTensorWarning",
+    "Verification",
+    "compress",
+    "load",
+    "schemas",
+    "verify",
+]

@@ -18,7 +18,7 @@ import numpy as np
 from . import _core
 from .errors import FormatError
 
-__all__ = ["Dense", "Encoding", "Fused", "LowRank", "Packed", "Planes", "Rows", "Zeros", "restore"]
+__all__ = ["Dense", "Diagonal", "Encoding", "Fused", "Packed", "Planes", "Rows", "Zeros", "restore"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Parts = dict[str, Array]
@@ -189,8 +189,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Rows:
-    """Per head, fewer rows than the head has, written back as groups of identical ones (IRC) or followed
-    by zero rows (DWC).
+    """IRC: per head, fewer rows than the head has, written back as groups of identical ones.
 
     ``cols`` is None for a bias vector. With ``pivots`` (one column per stored row) each head's rows hold
     the identity in their pivot columns, which is not stored. ``values`` runs head by head.
@@ -202,7 +201,6 @@ class Rows:
     ranks: Array  # (heads,) int32
     values: Array  # 1-D
     pivots: Array | None = None  # (sum of ranks,) int32
-    repeat: bool = True
     kind: ClassVar[str] = "rows"
 
     @property
@@ -239,12 +237,9 @@ class Rows:
         cols = 1 if self.cols is None else self.cols
         dense = np.zeros((self.heads, self.head_dim, cols), self.dtype)
         for head, factor in zip(dense, self.factors(), strict=True):
-            rank = len(factor)
-            if self.repeat and rank:
-                sizes = group_sizes(rank, self.head_dim)
+            if len(factor):
+                sizes = group_sizes(len(factor), self.head_dim)
                 head[:] = np.repeat(factor / np.sqrt(sizes)[:, None], sizes, axis=0)
-            else:
-                head[:rank] = factor
         return dense.reshape(self.shape)
 
     def parts(self) -> Parts:
@@ -254,7 +249,7 @@ class Rows:
         return parts
 
     def params(self) -> dict[str, Any]:
-        return {"heads": self.heads, "repeat": self.repeat}
+        return {"heads": self.heads}
 
     @classmethod
     def restore(
@@ -272,7 +267,7 @@ class Rows:
         width = 1 if cols is None else cols
         size = sum(r * (width - r * (pivots is not None)) for r in ranks.tolist())
         values = _part(parts, "values", dtype, (size,))
-        return cls(heads, head_dim, cols, ranks, values, pivots, bool(params.get("repeat", True)))
+        return cls(heads, head_dim, cols, ranks, values, pivots)
 
 
 @dataclass(frozen=True)
@@ -293,9 +288,18 @@ class Planes:
     pivots: Array | None = None
     kind: ClassVar[str] = "planes"
 
-    shape = Rows.shape
-    dtype = Rows.dtype
-    numbers = Rows.numbers
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = self.heads * self.head_dim
+        return (rows,) if self.cols is None else (rows, self.cols)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.values.dtype
+
+    @property
+    def numbers(self) -> int:
+        return int(self.values.size)
 
     def unpack(self, threads: int = 1) -> Array:
         cols = 1 if self.cols is None else self.cols
@@ -349,19 +353,27 @@ class Planes:
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """DWC with a remainder: each head's rows are the identity in its pivots plus, in the other columns,
-    left (rank x k) times right (k x (cols - rank)). k may differ from head to head."""
+class Diagonal:
+    """DWC: each value head reads the coordinates ``pivots`` of its input (a diagonal up to order); its
+    other columns hold a remainder of rank k: none (0), factors left (rank x k) and right
+    (k x (cols - rank)), or, from k = ``whole`` on, the remainder itself in right."""
 
     heads: int
     head_dim: int
     cols: int
-    ranks: Array
+    ranks: Array  # (heads,) int32: pivots of each head
     pivots: Array
-    remainder_ranks: Array
+    remainder_ranks: Array  # (heads,) int32
     left: Array
     right: Array
-    kind: ClassVar[str] = "low_rank"
+    kind: ClassVar[str] = "diagonal"
+
+    @staticmethod
+    def sizes(rank: int, k: int, cols: int) -> tuple[int, int]:
+        """Numbers in left and right. k counts as whole where factors would not be smaller."""
+        if k * cols >= rank * (cols - rank):
+            return 0, rank * (cols - rank)
+        return rank * k, k * (cols - rank)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -369,7 +381,7 @@ class LowRank:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.left.dtype
+        return self.right.dtype
 
     @property
     def numbers(self) -> int:
@@ -378,17 +390,23 @@ class LowRank:
     def unpack(self, threads: int = 1) -> Array:
         dense = np.zeros((self.heads, self.head_dim, self.cols), self.dtype)
         row = left = right = 0
-        for head, rank, k in zip(dense, self.ranks.tolist(), self.remainder_ranks.tolist(), strict=True):
+        for head, rank, k in zip(
+            dense, self.ranks.tolist(), self.remainder_ranks.tolist(), strict=True
+        ):
             pivots = self.pivots[row : row + rank]
             free = np.ones(self.cols, bool)
             free[pivots] = False
-            a = self.left[left : left + rank * k].reshape(rank, k)
-            b = self.right[right : right + k * (self.cols - rank)].reshape(k, self.cols - rank)
+            a_size, b_size = self.sizes(rank, k, self.cols)
+            a, b = self.left[left : left + a_size], self.right[right : right + b_size]
+            rest = b.reshape(-1, self.cols - rank) if b_size else np.zeros((0, self.cols - rank))
+            if a_size:
+                rest = a.reshape(rank, k).astype(np.float64) @ rest.astype(np.float64)
             filled = np.zeros((rank, self.cols))
-            filled[:, free] = a.astype(np.float64) @ b.astype(np.float64)
+            if len(rest):
+                filled[:, free] = rest
             filled[np.arange(rank), pivots] = 1.0
             head[:rank] = filled
-            row, left, right = row + rank, left + a.size, right + b.size
+            row, left, right = row + rank, left + a_size, right + b_size
         return dense.reshape(self.shape)
 
     def parts(self) -> Parts:
@@ -406,26 +424,28 @@ class LowRank:
     @classmethod
     def restore(
         cls, shape: tuple[int, ...], dtype: np.dtype[Any], params: Mapping[str, Any], parts: Parts
-    ) -> LowRank:
+    ) -> Diagonal:
         heads, head_dim, cols = _head_shape(shape, params)
         if cols is None:
-            raise FormatError("low_rank: a bias cannot be stored so")
-        ranks = _ranks(parts, heads, head_dim)
+            raise FormatError("diagonal: a bias cannot be stored so")
+        ranks = _ranks(parts, heads, min(head_dim, cols))
         ks = _ranks(parts, heads, head_dim, "remainder_ranks")
         pivots = _part(parts, "pivots", np.dtype("i4"), (int(ranks.sum()),))
         _check_distinct(pivots, ranks, cols, "pivots")
-        pairs = list(zip(ranks.tolist(), ks.tolist(), strict=True))
-        left = _part(parts, "left", dtype, (sum(r * k for r, k in pairs),))
-        right = _part(parts, "right", dtype, (sum(k * (cols - r) for r, k in pairs),))
+        sizes = [cls.sizes(r, k, cols) for r, k in zip(ranks.tolist(), ks.tolist(), strict=True)]
+        left = _part(parts, "left", dtype, (sum(a for a, _ in sizes),))
+        right = _part(parts, "right", dtype, (sum(b for _, b in sizes),))
         return cls(heads, head_dim, cols, ranks, pivots, ks, left, right)
 
 
 @dataclass(frozen=True)
 class Fused:
-    """Several (out x in) matrices in one tensor, one after another along the output dimension."""
+    """Several (out x in) matrices in one tensor along the output dimension: one after another, or with
+    ``interleave`` heads, head by head."""
 
     segments: tuple[Any, ...]  # Encodings; typed loosely, as a Protocol with ClassVar cannot nest
     transposed: bool = False
+    interleave: int = 0
     kind: ClassVar[str] = "fused"
 
     @property
@@ -444,8 +464,14 @@ class Fused:
         return sum(segment.numbers for segment in self.segments)
 
     def unpack(self, threads: int = 1) -> Array:
-        dense = np.concatenate([segment.unpack(threads) for segment in self.segments])
-        return np.ascontiguousarray(dense.T) if self.transposed else dense
+        dense = [segment.unpack(threads) for segment in self.segments]
+        if self.interleave:
+            rest = dense[0].shape[1:]
+            by_head = [segment.reshape(self.interleave, -1, *rest) for segment in dense]
+            fused = np.stack(by_head, axis=1).reshape(-1, *rest)
+        else:
+            fused = np.concatenate(dense)
+        return np.ascontiguousarray(fused.T) if self.transposed else fused
 
     def parts(self) -> Parts:
         return {
@@ -456,7 +482,11 @@ class Fused:
 
     def params(self) -> dict[str, Any]:
         segments = [{**describe(s), "rows": s.shape[0]} for s in self.segments]
-        return {"segments": segments, "transposed": self.transposed}
+        return {
+            "segments": segments,
+            "transposed": self.transposed,
+            "interleave": self.interleave,
+        }
 
     @classmethod
     def restore(
@@ -474,14 +504,19 @@ class Fused:
             rows = _integer(segment, "rows", 0, logical[0])
             own = {n.partition(".")[2]: p for n, p in parts.items() if n.partition(".")[0] == str(i)}
             segments.append(restore((rows, *logical[1:]), dtype, segment, own))
-        fused = cls(tuple(segments), transposed)
+        interleave = _integer(params, "interleave", 0, logical[0])
+        if interleave and any(s.shape[0] != segments[0].shape[0] for s in segments):
+            raise FormatError("fused: interleaved segments are of one size")
+        if interleave and segments[0].shape[0] % interleave:
+            raise FormatError("fused: segments do not divide into the heads they alternate by")
+        fused = cls(tuple(segments), transposed, interleave)
         if fused.shape != shape:
             raise FormatError(f"fused: segments make up {fused.shape}, not {shape}")
         return fused
 
 
 _KINDS: dict[str, Callable[..., Any]] = {
-    cls.kind: cls.restore for cls in (Dense, Zeros, Packed, Rows, Planes, LowRank, Fused)
+    cls.kind: cls.restore for cls in (Dense, Zeros, Packed, Rows, Planes, Diagonal, Fused)
 }
 
 

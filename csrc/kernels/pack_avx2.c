@@ -1,4 +1,5 @@
-/* Pack and unpack with table shuffles. Tables, not pext/pdep: those are microcode on Zen 1 and 2. */
+/* Pack and unpack with table shuffles. Tables, not pext/pdep: those are microcode on Zen 1 and 2.
+ */
 #include "kernels.h"
 
 #if defined(__x86_64__)

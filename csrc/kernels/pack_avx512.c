@@ -1,5 +1,5 @@
-/* Pack and unpack with vpcompress and vpexpand, in registers: storing through vpcompress is microcode
- * on Zen 4. */
+/* Pack and unpack with vpcompress and vpexpand, in registers: storing through vpcompress is
+ * microcode on Zen 4. */
 #include "kernels.h"
 
 #if defined(__x86_64__)

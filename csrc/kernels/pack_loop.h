@@ -28,45 +28,68 @@ FP_DECLARE_PACK(avx2);
 FP_DECLARE_PACK(avx512);
 FP_DECLARE_PACK(neon);
 
-/* `span` mask bits at a time as long as `span` more values fit, whatever the mask says: one comparison
- * for all of them, and additions alone in the chain through k. */
-#define FP_PACK_SPANS(span, bits, lanes)                                                           \
-    for (; i + (span) <= n && k + (span) <= kept; i += (span)) {                                   \
-        FP_UNROLL                                                                                  \
-        for (size_t j = 0; j < (span); j += (lanes)) {                                             \
-            uint32_t m = fp_mask_bits(mask + i / 8, j, lanes);                                        \
-            compress##bits(x + i + j, m, values + k);                                              \
-            k += count##lanes(m);                                                                  \
-        }                                                                                          \
+/* `span` elements from i; they may take up to span values from k. Additions are all that the chain
+ * through k holds. */
+#define FP_PACK_SPAN(span, bits, lanes)                                                            \
+    FP_UNROLL                                                                                      \
+    for (size_t j = 0; j < (span); j += (lanes)) {                                                 \
+        uint32_t m = fp_mask_bits(mask + i / 8, j, lanes);                                         \
+        compress##bits(x + i + j, m, values + k);                                                  \
+        k += count##lanes(m);                                                                      \
     }
 
-/* The mask comes in as one word here: the load ports are busy with loads that cross cache lines. */
-#define FP_UNPACK_SPANS(span, bits, lanes)                                                         \
-    for (; i + (span) <= n && k + (span) <= kept; i += (span)) {                                   \
-        uint64_t word = 0;                                                                         \
-        memcpy(&word, mask + i / 8, (span) / 8);                                                   \
-        FP_UNROLL                                                                                  \
-        for (size_t j = 0; j < (span); j += (lanes)) {                                             \
-            uint32_t m = (uint32_t)(word >> j) & ((1u << (lanes)) - 1u);                           \
-            expand##bits(values + k, m, x + i + j);                                                \
-            k += count##lanes(m);                                                                  \
-        }                                                                                          \
+/* The mask as one word: measured faster here, slower in FP_PACK_SPAN. */
+#define FP_UNPACK_SPAN(span, bits, lanes)                                                          \
+    uint64_t word = 0;                                                                             \
+    memcpy(&word, mask + i / 8, (span) / 8);                                                       \
+    FP_UNROLL                                                                                      \
+    for (size_t j = 0; j < (span); j += (lanes)) {                                                 \
+        uint32_t m = (uint32_t)(word >> j) & ((1u << (lanes)) - 1u);                               \
+        expand##bits(values + k, m, x + i + j);                                                    \
+        k += count##lanes(m);                                                                      \
     }
 
-/* The scalar function ends what the spans leave: fewer than 16 values, or fewer than 16 elements. */
+/* The first loop needs one comparison for 64 elements, as there are at least 64 more values. The
+ * second goes through the rest by 16, which may be long where little is kept (pruned blocks): it
+ * skips empty stretches, and calls the scalar function where fewer than 16 values are left. */
 #define FP_DEFINE_PACK_LOOPS(isa, bits, lanes)                                                     \
     void fp_pack##bits##_##isa FP_PACK_SIGNATURE(bits)                                             \
     {                                                                                              \
         size_t i = 0, k = 0;                                                                       \
-        FP_PACK_SPANS(64, bits, lanes)                                                             \
-        FP_PACK_SPANS(16, bits, lanes)                                                             \
+        for (; i + 64 <= n && k + 64 <= kept; i += 64) {                                           \
+            FP_PACK_SPAN(64, bits, lanes)                                                          \
+        }                                                                                          \
+        for (; i + 16 <= n && k < kept; i += 16) {                                                 \
+            uint32_t next = fp_mask_bits(mask + i / 8, 0, 16);                                     \
+            if (!next)                                                                             \
+                continue;                                                                          \
+            if (k + 16 <= kept) {                                                                  \
+                FP_PACK_SPAN(16, bits, lanes)                                                      \
+            } else {                                                                               \
+                fp_pack##bits##_scalar(x + i, mask + i / 8, 16, values + k, kept - k);             \
+                k = fp_advance(k, next, kept);                                                     \
+            }                                                                                      \
+        }                                                                                          \
         fp_pack##bits##_scalar(x + i, mask + i / 8, n - i, values + k, kept - k);                  \
     }                                                                                              \
     void fp_unpack##bits##_##isa FP_UNPACK_SIGNATURE(bits)                                         \
     {                                                                                              \
         size_t i = 0, k = 0;                                                                       \
-        FP_UNPACK_SPANS(64, bits, lanes)                                                           \
-        FP_UNPACK_SPANS(16, bits, lanes)                                                           \
+        for (; i + 64 <= n && k + 64 <= kept; i += 64) {                                           \
+            FP_UNPACK_SPAN(64, bits, lanes)                                                        \
+        }                                                                                          \
+        for (; i + 16 <= n; i += 16) {                                                             \
+            uint32_t next = fp_mask_bits(mask + i / 8, 0, 16);                                     \
+            if (!next) {                                                                           \
+                memset(x + i, 0, 8 * sizeof *x); /* gcc makes 128 bytes at once rep stos: slow */  \
+                memset(x + i + 8, 0, 8 * sizeof *x);                                               \
+            } else if (k + 16 <= kept) {                                                           \
+                FP_UNPACK_SPAN(16, bits, lanes)                                                    \
+            } else {                                                                               \
+                fp_unpack##bits##_scalar(values + k, kept - k, mask + i / 8, 16, x + i);           \
+                k = fp_advance(k, next, kept);                                                     \
+            }                                                                                      \
+        }                                                                                          \
         fp_unpack##bits##_scalar(values + k, kept - k, mask + i / 8, n - i, x + i);                \
     }
 
@@ -79,6 +102,14 @@ static inline uint32_t fp_mask_bits(const uint8_t *mask, size_t i, unsigned lane
         return pair;
     }
     return (uint32_t)(mask[i / 8] >> i % 8) & ((1u << lanes) - 1u);
+}
+
+/* Past one value per bit, but not past the last one: a corrupt mask may have too many bits. */
+static inline size_t fp_advance(size_t k, uint32_t bits, size_t kept)
+{
+    for (; bits && k < kept; bits &= bits - 1)
+        k++;
+    return k;
 }
 
 #endif

@@ -17,8 +17,8 @@
 #define FP_TABLE_PUT(W, word, slot, indices)                                                       \
     ((slot) * (W) / 8 == (word) ? (indices) << (slot) * (W) % 8 * 8 : 0)
 #define FP_TABLE_SUM8(F, m, W, word)                                                               \
-    (F(m, W, word, 0) | F(m, W, word, 1) | F(m, W, word, 2) | F(m, W, word, 3) | F(m, W, word, 4) | \
-     F(m, W, word, 5) | F(m, W, word, 6) | F(m, W, word, 7))
+    (F(m, W, word, 0) | F(m, W, word, 1) | F(m, W, word, 2) | F(m, W, word, 3) |                   \
+     F(m, W, word, 4) | F(m, W, word, 5) | F(m, W, word, 6) | F(m, W, word, 7))
 
 /* Pack: slot r holds the r-th kept lane; the slots past the last are free (here 0). */
 #define FP_TABLE_PACK_BIT(m, W, word, bit)                                                         \

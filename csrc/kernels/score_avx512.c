@@ -7,8 +7,8 @@
 #include "pack_loop.h"
 #include "score_loop.h"
 
-/* Without VBMI2 16-bit lanes would have to be widened and narrowed again, six operations on one port
- * for 16 of them: two byte shuffles from a table cost less. */
+/* Without VBMI2 16-bit lanes would have to be widened and narrowed again, six operations on one
+ * port for 16 of them: two byte shuffles from a table cost less. */
 #define fp_pack16_avx512 fp_pack16_avx2
 #define fp_unpack16_avx512 fp_unpack16_avx2
 

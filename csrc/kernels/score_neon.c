@@ -45,8 +45,8 @@ static inline size_t compare(const float *s, uint32_t limit, uint64_t *above)
         uint32x4_t a = load_and(s, 0x7fffffffu), b = load_and(s + 4, 0x7fffffffu);
         uint32x4_t c = load_and(s + 8, 0x7fffffffu), d = load_and(s + 12, 0x7fffffffu);
         bytes[j] = narrow(vcgtq_u32(a, t), vcgtq_u32(b, t), vcgtq_u32(c, t), vcgtq_u32(d, t));
-        ties = vsubq_u8(ties, narrow(vceqq_u32(a, t), vceqq_u32(b, t), vceqq_u32(c, t),
-                                     vceqq_u32(d, t)));
+        ties = vsubq_u8(ties,
+                        narrow(vceqq_u32(a, t), vceqq_u32(b, t), vceqq_u32(c, t), vceqq_u32(d, t)));
     }
     *above = gather_bits(bytes);
     return vaddvq_u8(ties);

@@ -44,9 +44,8 @@ typedef struct buffer {
 /* `item` is the alignment that data keeps. Without a guard behind, the sanitizer is the guard. */
 static buffer buffer_new(size_t size, size_t item, int guarded)
 {
-    buffer b = {.size = size,
-                .before = GUARD + item * (random_bits() % 8),
-                .after = guarded ? GUARD : 0};
+    buffer b = {
+        .size = size, .before = GUARD + item * (random_bits() % 8), .after = guarded ? GUARD : 0};
     size_t total = b.before + size + b.after;
     b.block = malloc(total);
     if (!b.block)
@@ -137,18 +136,22 @@ static void unpack(const fp_kernels *k, size_t item, const buffer *values, size_
         k->unpack64(from, kept, mask, n, to);
 }
 
-enum { NONE, ONE_BIT, TENTH, THIRD, HALF, MOST, ALL, DENSITIES };
+enum { NONE, ONE_BIT, TENTH, THIRD, HALF, MOST, ALL, BLOCKS, DENSITIES };
 
 /* Returns the number of set bits. */
 static size_t fill_mask(uint8_t *mask, size_t n, int density)
 {
-    static const double chance[DENSITIES] = {0, 0, 0.1, 0.3, 0.5, 0.9, 1};
+    static const double chance[DENSITIES] = {0, 0, 0.1, 0.3, 0.5, 0.9, 1, 0};
     size_t kept = 0, one = n ? random_bits() % n : 0;
     memset(mask, 0, (n + 7) / 8);
     for (size_t i = 0; i < n; i++) {
-        int bit = density == ONE_BIT ? i == one : random_bits() < chance[density] * 4294967295.0;
-        mask[i / 8] |= (uint8_t)((bit || density == ALL) << i % 8);
-        kept += bit || density == ALL;
+        int bit = random_bits() < chance[density] * 4294967296.0;
+        if (density == ONE_BIT)
+            bit = i == one;
+        if (density == BLOCKS)
+            bit = (i + one) / 40 % 3 == 0;
+        mask[i / 8] |= (uint8_t)(bit << i % 8);
+        kept += (size_t)bit;
     }
     return kept;
 }
@@ -287,9 +290,8 @@ static float from_bits(uint32_t bits)
 }
 
 /* Few magnitudes of either sign, so that every one ties often. */
-static const uint32_t magnitudes[] = {0,          1,          2,          0x7fffff,
-                                      0x800000,   0x3f7fffff, 0x3f800000, 0x3f800001,
-                                      0x7f7fffff, 0x7f800000};
+static const uint32_t magnitudes[] = {0,          1,          2,          0x7fffff,   0x800000,
+                                      0x3f7fffff, 0x3f800000, 0x3f800001, 0x7f7fffff, 0x7f800000};
 enum { MAGNITUDES = sizeof magnitudes / sizeof magnitudes[0] };
 
 static void test_mask_case(size_t n, float threshold, int guarded)

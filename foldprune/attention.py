@@ -1,0 +1,430 @@
+"""Folds of one attention block: from its matrices to the encodings of its tensors.
+
+Data-free: the inputs' second moment is taken as the identity. IRC sees the logits' matrices
+M_i = [W_q,i b_q,i]^T W_k,j, DWC the outputs' W_o,i W_v,j; see csrc/include/foldprune.h for the core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .encodings import Array, Dense, Diagonal, Encoding, Planes, Rows, Zeros
+from .errors import ModelError, TensorTypeError
+from .schemas.layout import AttentionBlock, Matrix
+from .tensors import is_weight_dtype
+
+__all__ = ["Curve", "Fold", "dwc", "dwc_curve", "exact_in", "irc", "irc_curve"]
+
+
+@dataclass
+class Fold:
+    """``weights`` and ``biases`` hold encodings by the role of the matrix ("query", ...), each in (out x in)
+    orientation; ``output`` and ``output_bias`` are the new W_o (out x in) and b_o of DWC. ``error`` is
+    ||M - M'||^2 / ||M||^2 over all heads. ``output_scale``: root mean square of W_o's inputs, per column,
+    when the block's inputs are white."""
+
+    weights: dict[str, Encoding]
+    biases: dict[str, Encoding] = field(default_factory=dict)
+    error: float = 0.0
+    output: Array | None = None
+    output_bias: Array | None = None
+    output_scale: Array | None = None
+
+
+def exact_in(dtype: np.dtype[Any]) -> bool:
+    """Whether a change of gauge survives rounding to the dtype. Sixteen bits re-round every number by up to
+    one part in 256 to 2,048, which is no longer lossless."""
+    return dtype.itemsize >= 4
+
+
+def _heads(
+    block: AttentionBlock,
+    left: tuple[Array, Array | None],
+    right: tuple[Array, Array | None],
+) -> tuple[Array, Array | None, Array, Array | None, int, int]:
+    return (*left, *right, block.heads, block.groups)
+
+
+def _load(
+    block: AttentionBlock, arrays: Mapping[str, Array], matrix: Matrix
+) -> tuple[Array, Array | None]:
+    weight = arrays[matrix.weight]
+    bias = arrays[matrix.bias] if matrix.bias is not None else None
+    for name, array in ((matrix.weight, weight), (matrix.bias, bias)):
+        if array is not None and not is_weight_dtype(array.dtype):
+            raise TensorTypeError(
+                f"{name!r}: {array.dtype} weights cannot be folded; expected float32, float64, float16 "
+                "or bfloat16"
+            )
+    view = matrix.view(weight, block.heads)
+    return view, None if bias is None else matrix.bias_view(bias, block.heads)
+
+
+def _logit_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[Any, ...]:
+    query, key = _load(block, arrays, block.query), _load(block, arrays, block.key)
+    if query[0].dtype != key[0].dtype:
+        raise TensorTypeError(
+            f"{block.query.weight!r} is {query[0].dtype}, {block.key.weight!r} is {key[0].dtype}: a fold "
+            "needs one dtype; cast one of them"
+        )
+    # without rotation the key's bias adds a constant to each row of the softmax and drops out
+    return _heads(block, query, key if block.rope else (key[0], None))
+
+
+def _output_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[Any, ...]:
+    value, output = _load(block, arrays, block.value), _load(block, arrays, block.output)
+    if value[0].dtype != output[0].dtype:
+        raise TensorTypeError(
+            f"{block.value.weight!r} is {value[0].dtype}, {block.output.weight!r} is {output[0].dtype}: a "
+            "fold needs one dtype; cast one of them"
+        )
+    # rows of the softmax sum to one, so the value's bias is a constant that the output's bias takes up
+    extra = value[1] if block.output.bias is None else None
+    return _heads(block, (output[0].T, None), (value[0], extra))
+
+
+def _bias_dtype(arrays: Mapping[str, Array], matrix: Matrix) -> np.dtype[Any]:
+    assert matrix.bias is not None
+    return arrays[matrix.bias].dtype
+
+
+def _int32(values: Any) -> Array:
+    return np.ascontiguousarray(values, np.int32)
+
+
+# ---- IRC ----------------------------------------------------------------------------------------
+
+
+def irc(
+    block: AttentionBlock,
+    arrays: Mapping[str, Array],
+    ranks: int | Array | None,
+    threads: int = 1,
+) -> Fold:
+    """Identical row compression of query and key.
+
+    ``ranks``: kept rank per head (planes under rotary embedding), one number or one per key head; None
+    is the lossless level, for dtypes where ``exact_in`` holds.
+    """
+    heads = _logit_heads(block, arrays)
+    dtype = heads[0].dtype
+    gauge = exact_in(dtype)
+    limit = block.head_dim // 2 if block.rope else block.head_dim
+    if isinstance(ranks, int):
+        if ranks > limit:
+            what = f"{limit} planes" if block.rope else f"the head size {limit}"
+            raise ModelError(f"{block.name}: irc={ranks} is above {what}")
+        ranks = np.full(block.groups, ranks)
+    wanted = None if ranks is None else _int32(ranks)
+    if block.rope:
+        return _irc_planes(block, arrays, heads, wanted, gauge, threads)
+
+    left, right, pivots, kept, error, energy = _core.irc(heads, wanted, gauge, threads)
+    per_group = block.heads // block.groups
+    query_ranks = np.repeat(kept, per_group)
+    cols = block.query.cols
+    rows = [left[i, :r] for i, r in enumerate(query_ranks.tolist())]
+    whole = bool(np.all(query_ranks == block.head_dim))
+    fold = Fold(
+        {
+            "query": _rows(block.heads, block.head_dim, [r[:, :cols] for r in rows], dtype, whole),
+            "key": _key_rows(block, right, pivots, kept, dtype),
+        },
+        error=_ratio(error, energy),
+    )
+    if block.query.bias is not None:
+        parts = [r[:, cols] for r in rows]
+        fold.biases["query"] = _rows(
+            block.heads, block.head_dim, parts, _bias_dtype(arrays, block.query), whole
+        )
+    if block.key.bias is not None:
+        fold.biases["key"] = Zeros((block.key.rows,), _bias_dtype(arrays, block.key))
+    return fold
+
+
+def _rows(
+    heads: int, head_dim: int, rows: list[Array], dtype: np.dtype[Any], whole: bool
+) -> Encoding:
+    """Stored rows of every head, (rank x cols) or, for a bias, (rank,)."""
+    cols = rows[0].shape[1] if rows[0].ndim == 2 else None
+    values = np.concatenate([r.ravel() for r in rows]).astype(dtype)
+    if whole:  # nothing is left out: plainer, and never larger than before
+        return Dense(values.reshape(heads * head_dim, *(() if cols is None else (cols,))))
+    return Rows(heads, head_dim, cols, _int32([len(r) for r in rows]), values)
+
+
+def _key_rows(
+    block: AttentionBlock,
+    right: Array,
+    pivots: Array | None,
+    ranks: Array,
+    dtype: np.dtype[Any],
+) -> Encoding:
+    """Right factors, without the identity in their pivot columns."""
+    parts, chosen = [], []
+    for j, rank in enumerate(ranks.tolist()):
+        rows = right[j, :rank]
+        if pivots is not None:
+            rows = rows[:, _free(block.key.cols, pivots[j, :rank])]
+            chosen.append(pivots[j, :rank])
+        parts.append(rows.ravel())
+    values = np.concatenate(parts).astype(dtype)
+    columns = _int32(np.concatenate(chosen)) if pivots is not None else None
+    return Rows(
+        block.groups, block.head_dim, block.key.cols, _int32(ranks), values, columns
+    )
+
+
+def _free(cols: int, pivots: Array) -> Array:
+    """Mask of the columns that are no pivots."""
+    free = np.ones(cols, bool)
+    free[pivots] = False
+    return free
+
+
+def _irc_planes(
+    block: AttentionBlock,
+    arrays: Mapping[str, Array],
+    heads: tuple[Any, ...],
+    ranks: Array | None,
+    gauge: bool,
+    threads: int,
+) -> Fold:
+    adjacent = block.rope == "adjacent"
+    scores = _core.rope_scores(heads, adjacent, threads)
+    left, right, pivots, kept, error, energy, planes = _core.rope(
+        heads, adjacent, scores, ranks, gauge, threads
+    )
+    if pivots is not None and not _pivots_hold(right, pivots, kept):
+        # a key plane whose weights are all zero but whose bias is not has no column to normalise
+        left, right, pivots, kept, error, energy, planes = _core.rope(
+            heads, adjacent, scores, ranks, False, threads
+        )
+    dtype, cols, head_dim = heads[0].dtype, block.query.cols, block.head_dim
+    per_group = block.heads // block.groups
+    query_ranks = np.repeat(kept, per_group)
+    query_planes = np.repeat(planes, per_group, axis=0)
+
+    def ragged(array: Array, ranks: Array) -> Array:
+        return np.concatenate([a[:r] for a, r in zip(array, ranks.tolist(), strict=True)])
+
+    q, k = ragged(left, query_ranks), ragged(right, kept)  # (total planes, 2, cols + bias)
+    pairing = str(block.rope)
+
+    def planes_of(count: int, ranks: Array, where: Array, n: int | None, values: Array) -> Planes:
+        return Planes(count, head_dim, n, pairing, _int32(ranks), _int32(where), values)
+
+    where_q, where_k = ragged(query_planes, query_ranks), ragged(planes, kept)
+    query: Encoding = planes_of(
+        block.heads, query_ranks, where_q, cols, q[:, :, :cols].ravel().astype(dtype)
+    )
+    if np.all(query_ranks == head_dim // 2):
+        query = Dense(query.unpack())
+    if pivots is None:
+        key = planes_of(block.groups, kept, where_k, cols, k[:, :, :cols].ravel().astype(dtype))
+    else:
+        columns = ragged(pivots, kept)
+        free = np.ones((len(columns), 1, cols), bool)
+        free[np.arange(len(columns)), 0, columns] = False
+        values = k[:, :, :cols][np.broadcast_to(free, (len(columns), 2, cols))].astype(dtype)
+        key = Planes(
+            block.groups, head_dim, cols, pairing, _int32(kept), where_k, values, _int32(columns)
+        )
+    fold = Fold({"query": query, "key": key}, error=_ratio(error, energy))
+    if block.query.bias is not None:
+        values = q[:, :, cols].ravel().astype(_bias_dtype(arrays, block.query))
+        bias: Encoding = planes_of(block.heads, query_ranks, where_q, None, values)
+        fold.biases["query"] = Dense(bias.unpack()) if isinstance(query, Dense) else bias
+    if block.key.bias is not None:
+        values = k[:, :, cols].ravel().astype(_bias_dtype(arrays, block.key))
+        bias = planes_of(block.groups, kept, where_k, None, values)
+        whole = bool(np.all(kept == head_dim // 2))
+        fold.biases["key"] = Dense(bias.unpack()) if whole else bias
+    return fold
+
+
+def _pivots_hold(right: Array, pivots: Array, ranks: Array) -> bool:
+    return all(
+        bool(np.all(right[j, np.arange(r), 0, pivots[j, :r]] == 1)) for j, r in enumerate(ranks.tolist())
+    )
+
+
+def _ratio(error: Array, energy: Array) -> float:
+    total = float(energy.sum())
+    return float(error.sum()) / total if total > 0 else 0.0
+
+
+# ---- DWC ----------------------------------------------------------------------------------------
+
+
+def dwc(
+    block: AttentionBlock,
+    arrays: Mapping[str, Array],
+    mode: str | int | Array,
+    threads: int = 1,
+) -> Fold:
+    """Diagonal weight compression of value.
+
+    ``mode``: "slice", "pivot", "lossless", or the remainder's rank (one number, or one per key head).
+    Raises ModelError where a slice is not defined.
+    """
+    heads = _output_heads(block, arrays)
+    dtype, head_dim, groups = heads[2].dtype, block.head_dim, block.groups
+    cols = block.value.cols
+    if mode in ("slice", "pivot", "lossless"):
+        left, right, pivots, ranks, error, energy = _dwc_named(block, heads, str(mode), threads)
+        remainder_ranks = ranks if mode == "lossless" else np.zeros_like(ranks)
+        remainder = [right[j, :r, :cols] for j, r in enumerate(ranks.tolist())]
+    else:
+        if isinstance(mode, int):
+            if mode > head_dim:
+                raise ModelError(f"{block.name}: dwc={mode} is above the head size {head_dim}")
+            mode = np.full(groups, mode)
+        # where factors would not be smaller, keep the remainder itself
+        whole = [Diagonal.sizes(head_dim, k, cols)[0] == 0 < k for k in np.asarray(mode).tolist()]
+        remainder_ranks = _int32(np.where(whole, head_dim, mode))
+        left, right, pivots, ranks, error, energy, a, b = _core.dwc_remainder(
+            heads, remainder_ranks, threads
+        )
+        remainder_ranks = np.minimum(remainder_ranks, ranks)
+        remainder = [a[j, :r] @ b[j] for j, r in enumerate(ranks.tolist())]
+    assert pivots is not None
+
+    lefts, rights = [np.zeros(0)], [np.zeros(0)]
+    norms = np.zeros((groups, head_dim))
+    for j, (rank, k) in enumerate(zip(ranks.tolist(), remainder_ranks.tolist(), strict=True)):
+        free = _free(cols, pivots[j, :rank])
+        rest = remainder[j][:, free]
+        norms[j, :rank] = np.sqrt(1.0 + (rest**2).sum(axis=1))
+        if Diagonal.sizes(rank, k, cols)[0]:
+            lefts.append(a[j, :rank, :k].ravel())
+            rights.append(b[j, :k][:, free].ravel())
+        elif k:
+            rights.append(rest.ravel())
+    chosen = [p[:r] for p, r in zip(pivots, ranks.tolist(), strict=True)]
+    value = Diagonal(
+        groups,
+        head_dim,
+        cols,
+        _int32(ranks),
+        _int32(np.concatenate(chosen)),
+        _int32(remainder_ranks),
+        np.concatenate(lefts).astype(dtype),
+        np.concatenate(rights).astype(dtype),
+    )
+
+    fold = Fold({"value": value}, error=_ratio(error, energy))
+    capacity, rows = left.shape[1], left.shape[2]
+    output = np.zeros((rows, block.heads, head_dim))
+    output[:, :, :capacity] = left.transpose(2, 0, 1)
+    fold.output = output.reshape(rows, -1).astype(dtype)
+    fold.output_scale = np.repeat(norms, block.heads // groups, axis=0).ravel().astype(np.float32)
+    if block.value.bias is not None:
+        bias_dtype = _bias_dtype(arrays, block.value)
+        if block.output.bias is not None:
+            fold.output_bias = _fold_bias(block, arrays)
+            fold.biases["value"] = Zeros((block.value.rows,), bias_dtype)
+        else:
+            bias = np.zeros((groups, head_dim))
+            bias[:, :capacity] = right[:, :, cols]
+            fold.biases["value"] = Dense(bias.ravel().astype(bias_dtype))
+    return fold
+
+
+def _dwc_named(
+    block: AttentionBlock, heads: tuple[Any, ...], mode: str, threads: int
+) -> tuple[Array, Array, Array | None, Array, Array, Array]:
+    cols, head_dim = block.value.cols, block.head_dim
+    if mode == "lossless":
+        return _core.irc(heads, None, True, threads)
+    if mode == "pivot":
+        return _core.dwc_select(heads, None, min(head_dim, cols), threads)
+    if block.groups != block.heads or block.heads * head_dim != cols:
+        raise ModelError(
+            f"{block.name}: dwc='slice' needs as many key heads as query heads and an input of heads x "
+            f"head size, here {block.heads} x {head_dim} query rows, {block.groups} key heads and {cols} "
+            "inputs; use dwc='pivot'"
+        )
+    columns = _int32(np.arange(cols).reshape(block.groups, head_dim))
+    return _core.dwc_select(heads, columns, head_dim, threads)
+
+
+def _fold_bias(block: AttentionBlock, arrays: Mapping[str, Array]) -> Array:
+    """b_o + W_o b_v, each value head's bias seen by every query head of its group."""
+    assert block.value.bias is not None and block.output.bias is not None
+    value = block.value.bias_view(arrays[block.value.bias], block.heads).astype(np.float64)
+    seen = np.repeat(
+        value.reshape(block.groups, -1), block.heads // block.groups, axis=0
+    ).ravel()
+    weight = block.output.view(arrays[block.output.weight], block.heads).astype(np.float64)
+    bias = arrays[block.output.bias]
+    return (bias.astype(np.float64) + weight @ seen).astype(bias.dtype)
+
+
+# ---- what less rank costs -----------------------------------------------------------------------
+
+
+@dataclass
+class Curve:
+    """For one block and method: what it costs to keep less.
+
+    ``start`` is the numbers stored at no error ("lossless" where the dtype allows, else dense),
+    ``dense`` before any fold. ``stored[j][r]`` and ``error[j][r]``: numbers and error (share of the block's
+    energy) of key head j at rank r.
+    """
+
+    dense: int
+    start: int
+    stored: list[Array]
+    error: list[Array]
+
+
+def irc_curve(block: AttentionBlock, arrays: Mapping[str, Array], threads: int = 1) -> Curve:
+    heads = _logit_heads(block, arrays)
+    gauge = exact_in(heads[0].dtype)
+    cols, head_dim = block.query.cols, block.head_dim
+    per_group = block.heads // block.groups
+    query_cols = cols + (block.query.bias is not None)
+    dense = (block.query.rows * query_cols) + block.key.rows * (cols + (block.key.bias is not None))
+    if block.rope:
+        squared = -np.sort(-_core.rope_scores(heads, block.rope == "adjacent", threads), axis=1)
+        r = np.arange(squared.shape[1] + 1)
+        key = 2 * r * (cols + (block.key.bias is not None)) - (2 * r if gauge else 0)
+        stored = 2 * r * per_group * query_cols + key
+    else:
+        squared = _core.irc_spectrum(heads, threads)
+        r = np.arange(head_dim + 1)
+        stored = r * per_group * query_cols + r * (cols - (r if gauge else 0))
+    start = int(stored[-1]) * block.groups if gauge else dense
+    return _curve(block, squared, float(squared.sum()), stored, dense, start)
+
+
+def dwc_curve(block: AttentionBlock, arrays: Mapping[str, Array], threads: int = 1) -> Curve:
+    heads = _output_heads(block, arrays)
+    gauge = exact_in(heads[2].dtype)
+    cols, head_dim = block.value.cols, block.head_dim
+    has_bias = block.value.bias is not None
+    kept_bias = head_dim if has_bias and block.output.bias is None else 0
+    dense = block.value.rows * (cols + has_bias)
+    squared, energy = _core.dwc_spectrum(heads, threads)
+    k = np.arange(head_dim + 1)
+    stored = k * cols + kept_bias
+    # from this rank on the whole remainder is smaller than its factors
+    stored = np.minimum(stored, head_dim * (cols - head_dim) + kept_bias)
+    start = int(stored[-1]) * block.groups if gauge else dense
+    return _curve(block, squared, float(energy.sum()), stored, dense, start)
+
+
+def _curve(
+    block: AttentionBlock, squared: Array, energy: float, stored: Array, dense: int, start: int
+) -> Curve:
+    tails = []
+    for row in squared:
+        tail = np.concatenate([np.cumsum(row[::-1])[::-1], [0.0]])  # tail[r]: all past rank r
+        tails.append(tail / energy if energy > 0 else np.zeros_like(tail))
+    return Curve(dense, start, [stored] * block.groups, tails)

@@ -1,0 +1,177 @@
+"""Forward propagation pruning of a set of matrices: scores, masks, packed encodings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import _core
+from .encodings import Array, Dense, Encoding, Packed, nbytes
+from .recipe import Granularity
+
+__all__ = ["Pruned", "Target", "energy", "prune", "prune_below", "prune_neurons"]
+
+
+@dataclass
+class Target:
+    """A matrix to prune, (out x in), contiguous. ``scale`` and ``col_scale`` weigh its scores (see
+    ``fp_scored``). ``transposed``: the tensor itself is (in x out)."""
+
+    name: str
+    matrix: Array
+    transposed: bool = False
+    scale: float = 1.0
+    col_scale: Array | None = None
+
+    @property
+    def scored(self) -> tuple[Array, float, Array | None]:
+        return (self.matrix, self.scale, self.col_scale)
+
+
+@dataclass
+class Pruned:
+    """``error``: sum of the removed scores squared over that of all."""
+
+    encoding: Encoding
+    error: float
+    note: str = ""
+
+
+def energy(target: Target, threads: int) -> float:
+    """Squared norm of the matrix, its columns weighed by ``col_scale``."""
+    return _core.energy((target.matrix, 1.0, target.col_scale), threads)
+
+
+def prune(
+    targets: Sequence[Target],
+    rate: float,
+    granularity: Granularity,
+    scope: str,
+    threads: int,
+    done: Callable[[Target], None] = lambda target: None,
+) -> dict[str, Pruned]:
+    """Removes ``rate`` of the targets' weights, lowest scores first; exact to one weight (or block).
+
+    Rows always compete within their own matrix, as rows of different matrices differ in length.
+    """
+    if granularity.kind == "nm":
+        out = {}
+        for target in targets:
+            mask = _core.mask_nm(target.scored, granularity.a, granularity.b, threads)
+            out[target.name] = _finish(target, mask, (1, 1), threads)
+            done(target)
+        return out
+    if granularity.kind == "row":
+        scope = "tensor"
+    if scope == "global":
+        return _prune_together(targets, rate, granularity, threads, done)
+    out = {}
+    for target in targets:
+        if scope == "row":
+            k = round(rate * target.matrix.shape[1])
+            mask = _core.mask_rows(target.scored, k, threads)
+            out[target.name] = _finish(target, mask, (1, 1), threads)
+            done(target)
+        else:
+            out |= _prune_together([target], rate, granularity, threads, done)
+    return out
+
+
+def prune_below(
+    targets: Sequence[Target],
+    count: int,
+    threads: int,
+    done: Callable[[Target], None] = lambda target: None,
+) -> dict[str, Pruned]:
+    """Removes the ``count`` weights of lowest score among all targets."""
+    scored = [target.scored for target in targets]
+    return _apply(targets, scored, [(1, 1)] * len(targets), count, threads, done)
+
+
+def _prune_together(
+    targets: Sequence[Target],
+    rate: float,
+    granularity: Granularity,
+    threads: int,
+    done: Callable[[Target], None],
+) -> dict[str, Pruned]:
+    if granularity.kind == "weight":
+        total = sum(target.matrix.size for target in targets)
+        return prune_below(targets, round(rate * total), threads, done)
+    blocks = [
+        (granularity.a, granularity.b) if granularity.kind == "block" else (1, target.matrix.shape[1])
+        for target in targets
+    ]
+    grids = [
+        _core.block_scores(target.scored, *block, threads)
+        for target, block in zip(targets, blocks, strict=True)
+    ]
+    count = round(rate * sum(grid.size for grid in grids))
+    return _apply(targets, [(g, 1.0, None) for g in grids], blocks, count, threads, done)
+
+
+def _apply(
+    targets: Sequence[Target],
+    scored: list[tuple[Array, float, Array | None]],
+    blocks: Sequence[tuple[int, int]],
+    count: int,
+    threads: int,
+    done: Callable[[Target], None],
+) -> dict[str, Pruned]:
+    threshold, ties = _core.select(scored, count, threads)
+    out = {}
+    for target, own, block in zip(targets, scored, blocks, strict=True):
+        mask, used = _core.mask_threshold(own, threshold, ties, threads)
+        ties -= used
+        out[target.name] = _finish(target, mask, block, threads)
+        done(target)
+    return out
+
+
+def prune_neurons(
+    up: Target, down: Target, gate: Target | None, rate: float, threads: int
+) -> dict[str, Pruned]:
+    """Removes ``rate`` of a feed-forward layer's hidden units: rows of up and gate with columns of down.
+
+    A unit adds down_i * act(gate_i x) * (up_i x), so its score is the product of the norms.
+    """
+    rows = [target for target in (up, gate) if target is not None]
+    score = _norms(down, 0, threads) * np.prod([_norms(t, 1, threads) for t in rows], axis=0)
+    scored = (np.ascontiguousarray(score, np.float32), 1.0, None)
+    threshold, ties = _core.select([scored], round(rate * score.size), threads)
+    mask, _ = _core.mask_threshold(scored, threshold, ties, threads)
+    out = {t.name: _finish(t, mask, (1, t.matrix.shape[1]), threads) for t in rows}
+    out[down.name] = _finish(down, mask, (down.matrix.shape[0], 1), threads)
+    return out
+
+
+def _norms(target: Target, axis: int, threads: int) -> Array:
+    """Root mean square of every row (axis 1) or column (axis 0), float64."""
+    rows, cols = target.matrix.shape
+    block = (1, cols) if axis == 1 else (rows, 1)
+    return _core.block_scores(target.scored, *block, threads).ravel().astype(np.float64)
+
+
+def _finish(target: Target, mask: Array, block: tuple[int, int], threads: int) -> Pruned:
+    matrix = target.matrix
+    elements = mask if block == (1, 1) else _core.mask_blocks(mask, *matrix.shape, *block, threads)
+    values = _core.pack(matrix, elements, threads)
+    packed = Packed((matrix.shape[0], matrix.shape[1]), mask, values, block, target.transposed)
+    if target.col_scale is None:
+        kept = _core.energy((values, 1.0, None), threads)
+    else:
+        dense = _core.unpack(values, elements, matrix.shape, threads)
+        kept = _core.energy((dense, 1.0, target.col_scale), threads)
+    total = energy(target, threads)
+    error = max(0.0, 1.0 - kept / total) if total > 0 else 0.0
+    if values.size == matrix.size:
+        error = 0.0
+    if nbytes(packed) < matrix.nbytes:
+        return Pruned(packed, error)
+    return Pruned(
+        Dense(packed.unpack(threads), kept=int(values.size)),
+        error,
+        "stored dense: mask and values would take more bytes",
+    )

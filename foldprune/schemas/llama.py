@@ -1,0 +1,36 @@
+"""LLaMA and what shares its names and its rotary position embedding: Mistral, Qwen2, SmolLM."""
+
+from .schema import Attention, FeedForward, Forbidden, Schema, Slot
+
+LLAMA = Schema(
+    name="llama",
+    model_types=("llama", "mistral", "qwen2"),
+    block=r"layers\.(\d+)\.",
+    attention=Attention(
+        query=Slot("self_attn.q_proj"),
+        key=Slot("self_attn.k_proj"),
+        value=Slot("self_attn.v_proj"),
+        output=Slot("self_attn.o_proj"),
+        rope="half",
+    ),
+    feed_forward=FeedForward(
+        gate=Slot("mlp.gate_proj"), up=Slot("mlp.up_proj"), down=Slot("mlp.down_proj")
+    ),
+    requires=("input_layernorm.weight", "post_attention_layernorm.weight"),
+    block_dense=(
+        r"(input|post_attention)_layernorm\.weight",
+        r"self_attn\.rotary_emb\.inv_freq",
+    ),
+    embeddings=(r"embed_tokens\.weight", r"lm_head\.weight"),
+    dense=(r"norm\.weight", r"rotary_emb\.(original_)?inv_freq", r"score\.weight", r"classifier\..*"),
+    forbidden=(
+        Forbidden(
+            r"self_attn\.[qk]_norm\.weight",
+            ("irc",),
+            "query and key are normalised before they meet, so their product is not bilinear",
+        ),
+    ),
+    refuses={
+        "partial_rotary_factor": (1.0, ("irc",), "only part of each head rotates"),
+    },
+)
