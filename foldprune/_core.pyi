@@ -6,8 +6,12 @@ import numpy as np
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 _Scored = tuple[_Array, float, _Array | None]  # (x, scale, col_scale): score |x| * scale * col_scale
-# (left, left_bias, right, right_extra, heads, groups); see fp_heads in csrc/include/foldprune.h
-_Heads = tuple[_Array, _Array | None, _Array, _Array | None, int, int]
+# (left, left_bias, right, right_extra, heads, groups[, left_scale, right_scale]); see fp_heads in
+# csrc/include/foldprune.h
+_Heads = (
+    tuple[_Array, _Array | None, _Array, _Array | None, int, int]
+    | tuple[_Array, _Array | None, _Array, _Array | None, int, int, _Array | None, _Array | None]
+)
 # left, right, pivots, ranks, error, energy; see fp_fold_out
 _Fold = tuple[_Array, _Array, _Array | None, _Array, _Array, _Array]
 

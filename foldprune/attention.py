@@ -1,6 +1,7 @@
 """Folds of one attention block: from its matrices to the encodings of its tensors.
 
-Data-free: the inputs' second moment is taken as the identity. IRC sees the logits' matrices
+Data-free: what the normalisation before the block puts out is taken as white before its gain, so input j
+has the root mean square |gain_j| (1 where no such norm is known). IRC sees the logits' matrices
 M_i = [W_q,i b_q,i]^T W_k,j, DWC the outputs' W_o,i W_v,j; see csrc/include/foldprune.h for the core.
 """
 
@@ -26,7 +27,7 @@ class Fold:
     """``weights`` and ``biases`` hold encodings by the role of the matrix ("query", ...), each in (out x in)
     orientation; ``output`` and ``output_bias`` are the new W_o (out x in) and b_o of DWC. ``error`` is
     ||M - M'||^2 / ||M||^2 over all heads. ``output_scale``: root mean square of W_o's inputs, per column,
-    when the block's inputs are white."""
+    when the block's inputs are as above."""
 
     weights: dict[str, Encoding]
     biases: dict[str, Encoding] = field(default_factory=dict)
@@ -42,12 +43,17 @@ def exact_in(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize >= 4
 
 
-def _heads(
-    block: AttentionBlock,
-    left: tuple[Array, Array | None],
-    right: tuple[Array, Array | None],
-) -> tuple[Array, Array | None, Array, Array | None, int, int]:
-    return (*left, *right, block.heads, block.groups)
+def input_scale(block: AttentionBlock, arrays: Mapping[str, Array]) -> Array | None:
+    """|gain| of the norm before the block, (d,) float64; None if unknown. Gains near zero are raised to a
+    thousandth of the largest, so that no input counts for nothing."""
+    if block.norm is None:
+        return None
+    gain = next((arrays[n] for n in (f"{block.norm}.weight", f"{block.norm}.gamma") if n in arrays), None)
+    if gain is None or gain.shape != (block.query.cols,):
+        return None
+    scale = np.abs(gain.astype(np.float64))
+    largest = float(scale.max())
+    return np.maximum(scale, 1e-3 * largest) if largest > 0 else None
 
 
 def _load(
@@ -73,7 +79,9 @@ def _logit_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[An
             "needs one dtype; cast one of them"
         )
     # without rotation the key's bias adds a constant to each row of the softmax and drops out
-    return _heads(block, query, key if block.rope else (key[0], None))
+    scale = input_scale(block, arrays)
+    key_bias = key[1] if block.rope else None
+    return (*query, key[0], key_bias, block.heads, block.groups, scale, scale)
 
 
 def _output_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[Any, ...]:
@@ -85,7 +93,8 @@ def _output_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[A
         )
     # rows of the softmax sum to one, so the value's bias is a constant that the output's bias takes up
     extra = value[1] if block.output.bias is None else None
-    return _heads(block, (output[0].T, None), (value[0], extra))
+    scale = input_scale(block, arrays)
+    return (output[0].T, None, value[0], extra, block.heads, block.groups, None, scale)
 
 
 def _bias_dtype(arrays: Mapping[str, Array], matrix: Matrix) -> np.dtype[Any]:
@@ -276,8 +285,8 @@ def dwc(
     heads = _output_heads(block, arrays)
     dtype, head_dim, groups = heads[2].dtype, block.head_dim, block.groups
     cols = block.value.cols
-    if mode in ("slice", "pivot", "lossless"):
-        left, right, pivots, ranks, error, energy = _dwc_named(block, heads, str(mode), threads)
+    if isinstance(mode, str):
+        left, right, pivots, ranks, error, energy = _dwc_named(block, heads, mode, threads)
         remainder_ranks = ranks if mode == "lossless" else np.zeros_like(ranks)
         remainder = [right[j, :r, :cols] for j, r in enumerate(ranks.tolist())]
     else:
@@ -285,8 +294,9 @@ def dwc(
             if mode > head_dim:
                 raise ModelError(f"{block.name}: dwc={mode} is above the head size {head_dim}")
             mode = np.full(groups, mode)
+        mode = np.asarray(mode)
         # where factors would not be smaller, keep the remainder itself
-        whole = [Diagonal.sizes(head_dim, k, cols)[0] == 0 < k for k in np.asarray(mode).tolist()]
+        whole = [Diagonal.sizes(head_dim, k, cols)[0] == 0 < k for k in mode.tolist()]
         remainder_ranks = _int32(np.where(whole, head_dim, mode))
         left, right, pivots, ranks, error, energy, a, b = _core.dwc_remainder(
             heads, remainder_ranks, threads
@@ -295,12 +305,14 @@ def dwc(
         remainder = [a[j, :r] @ b[j] for j, r in enumerate(ranks.tolist())]
     assert pivots is not None
 
+    scale = np.ones(cols) if heads[-1] is None else heads[-1]
     lefts, rights = [np.zeros(0)], [np.zeros(0)]
     norms = np.zeros((groups, head_dim))
     for j, (rank, k) in enumerate(zip(ranks.tolist(), remainder_ranks.tolist(), strict=True)):
         free = _free(cols, pivots[j, :rank])
         rest = remainder[j][:, free]
-        norms[j, :rank] = np.sqrt(1.0 + (rest**2).sum(axis=1))
+        own = scale[pivots[j, :rank]] ** 2
+        norms[j, :rank] = np.sqrt(own + ((rest * scale[free]) ** 2).sum(axis=1))
         if Diagonal.sizes(rank, k, cols)[0]:
             lefts.append(a[j, :rank, :k].ravel())
             rights.append(b[j, :k][:, free].ravel())

@@ -1,21 +1,34 @@
-/* Folds. Every function takes the heads as (left, left_bias, right, right_extra, heads, groups). */
+/* Folds. Every function takes the heads as (left, left_bias, right, right_extra, heads, groups) and
+ * optionally left_scale and right_scale (float64 vectors or None). */
 #include "binding.h"
 
 static int heads_from(PyObject *module, PyObject *tuple, fp_heads *h)
 {
     PyObject *left, *left_bias, *right, *right_extra;
+    PyObject *left_scale = Py_None, *right_scale = Py_None;
+    PyArrayObject *scales[2];
     Py_ssize_t heads, groups;
     if (!PyTuple_Check(tuple)) {
         PyErr_SetString(PyExc_TypeError, "expected a tuple of heads");
         return -1;
     }
-    if (!PyArg_ParseTuple(tuple, "OOOOnn", &left, &left_bias, &right, &right_extra, &heads, &groups))
+    if (!PyArg_ParseTuple(tuple, "OOOOnn|OO", &left, &left_bias, &right, &right_extra, &heads, &groups,
+                          &left_scale, &right_scale))
         return -1;
     if (matrix_from(module, left, "left", 0, 0, &h->left) ||
         matrix_from(module, left_bias, "left_bias", 1, 1, &h->left_bias) ||
         matrix_from(module, right, "right", 0, 0, &h->right) ||
-        matrix_from(module, right_extra, "right_extra", 1, 1, &h->right_extra))
+        matrix_from(module, right_extra, "right_extra", 1, 1, &h->right_extra) ||
+        typed_vector(left_scale, NPY_DOUBLE, "left_scale", 1, &scales[0]) ||
+        typed_vector(right_scale, NPY_DOUBLE, "right_scale", 1, &scales[1]))
         return -1;
+    if ((scales[0] && (size_t)PyArray_SIZE(scales[0]) != h->left.cols) ||
+        (scales[1] && (size_t)PyArray_SIZE(scales[1]) != h->right.cols)) {
+        PyErr_SetString(PyExc_ValueError, "scales: expected one number per column");
+        return -1;
+    }
+    h->left_scale = scales[0] ? PyArray_DATA(scales[0]) : NULL;
+    h->right_scale = scales[1] ? PyArray_DATA(scales[1]) : NULL;
     if (heads < 1 || groups < 1 || heads % groups || h->left.rows % (size_t)heads ||
         !h->left.rows || h->right.rows != h->left.rows / (size_t)heads * (size_t)groups) {
         raise_status(FP_ERR_SHAPE);

@@ -149,6 +149,10 @@ typedef struct fp_heads {
     fp_matrix left, right;
     fp_matrix left_bias, right_extra; /* (n x 1) views, data NULL if absent */
     size_t heads, groups, head_dim;
+    /* Root mean square of what each column meets, positive, or NULL for 1: errors, pivots and
+     * planes are judged in these units. One number per column of left and of right, without the
+     * bias and extra columns, which meet 1. */
+    const double *left_scale, *right_scale;
 } fp_heads;
 
 /* What a fold writes, all float64, row-major. n = left.cols + bias, d = right.cols, e = extra.
@@ -158,8 +162,8 @@ typedef struct fp_fold_out {
     double *right;    /* groups x capacity x (d + e) */
     int32_t *pivots;  /* groups x capacity: pivots of the identity, or NULL for no gauge */
     int32_t *ranks;   /* groups */
-    double *error;    /* groups: squared Frobenius error of M */
-    double *energy;   /* groups: squared Frobenius norm of M */
+    double *error;    /* groups: squared Frobenius error of M, its columns scaled */
+    double *energy;   /* groups: squared Frobenius norm of M, likewise */
     size_t capacity;  /* rows per head that left, right and pivots have room for */
 } fp_fold_out;
 

@@ -1,9 +1,9 @@
 /* The loops of the score family, the same for all instruction sets. A variant's file defines
  *
  *     widen(x, y): y[0 .. halves) = x[0 .. halves), IEEE half to float;
- *     compare(s, limit, &above): bit i of above = |s[i]| > limit for i < block, as integers;
- * returns how many are equal; limit < 2^31; matches(s, high): bit i = |s[i]| has `high` (< 2^15) in
- * bits 30..16, for i < block;
+ *     compare(s, limit, &above): above's bit i = |s[i]| > limit, for i < block, as integers, and
+ *         returns how many are equal; limit < 2^31;
+ *     matches(s, high): bit i = |s[i]| has `high` (< 2^15) in bits 30..16, for i < block;
  *
  * and then FP_DEFINE_SCORE_LOOPS(isa, halves, block). */
 #ifndef FOLDPRUNE_SCORE_LOOP_H

@@ -48,7 +48,8 @@ static fp_status fit_extra(const fp_fold_call *call, size_t group, fp_fold_buffe
         return FP_ERR_LAPACK;
     double *right = call->out->right + group * call->out->capacity * (size_t)m->de;
     for (int32_t i = 0; i < count; i++)
-        right[(size_t)i * (size_t)m->de + (size_t)m->d] = target[i];
+        right[(size_t)i * (size_t)m->de + (size_t)m->d] =
+            target[i] * fp_fold_right_scale(call, columns[i]);
     return FP_OK;
 }
 
@@ -187,9 +188,11 @@ static void remainder_group(void *context, size_t group, int worker)
     fp_fold_solve(rank, rank, k, r11, w.u, rank);
     for (int32_t j = 0; j < k; j++) {
         for (int32_t i = 0; i < rank; i++)
-            a[(size_t)i * h + (size_t)j] = w.u[i + (size_t)j * (size_t)rank];
+            a[(size_t)i * h + (size_t)j] =
+                w.u[i + (size_t)j * (size_t)rank] * fp_fold_right_scale(call, w.pivots[i]);
         for (int32_t c = 0; c < m->d - rank; c++)
-            b[(size_t)j * d + (size_t)w.pivots[rank + c]] = w.vt[j + (size_t)c * (size_t)least];
+            b[(size_t)j * d + (size_t)w.pivots[rank + c]] =
+                w.vt[j + (size_t)c * (size_t)least] / fp_fold_right_scale(call, w.pivots[rank + c]);
     }
 done:
     if (!status) {

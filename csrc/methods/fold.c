@@ -80,6 +80,12 @@ static fp_status check_heads(const fp_heads *h)
     }
     if (h->left.rows != h->heads * h->head_dim || h->right.rows != h->groups * h->head_dim)
         return FP_ERR_SHAPE;
+    for (size_t j = 0; h->left_scale && j < h->left.cols; j++)
+        if (!(h->left_scale[j] > 0) || isinf(h->left_scale[j]))
+            return FP_ERR_RANGE;
+    for (size_t j = 0; h->right_scale && j < h->right.cols; j++)
+        if (!(h->right_scale[j] > 0) || isinf(h->right_scale[j]))
+            return FP_ERR_RANGE;
     if (h->left_bias.data && (h->left_bias.rows != h->left.rows || h->left_bias.cols != 1))
         return FP_ERR_SHAPE;
     if (h->right_extra.data && (h->right_extra.rows != h->right.rows || h->right_extra.cols != 1))
@@ -173,6 +179,9 @@ fp_status fp_fold_load(const fp_fold_call *call, size_t group, fp_fold_buffers *
 
     int32_t info;
     memcpy(w->qr, w->left, h * N * sizeof(double)); /* row-major h x N is column-major N x h */
+    for (size_t i = 0; heads->left_scale && i < h * m->per_group; i++)
+        for (size_t j = 0; j < heads->left.cols; j++)
+            w->qr[i * (size_t)m->n + j] *= heads->left_scale[j];
     fp_dgeqrf(&m->N, &m->h, w->qr, &m->N, w->tau, w->lapack, &m->lapack_work, &info);
     if (info)
         return FP_ERR_LAPACK;
@@ -182,8 +191,13 @@ fp_status fp_fold_load(const fp_fold_call *call, size_t group, fp_fold_buffers *
     fp_dgemm("N", "T", &m->k, &m->de, &m->h, &ONE, w->r_left, &m->k, w->right, &m->de, &ZERO, w->x, &m->k, 1,
      1);
     double sum = 0;
-    for (size_t i = 0; i < (size_t)m->k * (size_t)m->d; i++)
-        sum += w->x[i] * w->x[i];
+    for (int32_t j = 0; j < m->d; j++) {
+        double scale = fp_fold_right_scale(call, j), *column = w->x + (size_t)j * (size_t)m->k;
+        for (int32_t i = 0; i < m->k; i++) {
+            column[i] *= scale;
+            sum += column[i] * column[i];
+        }
+    }
     *energy = sum;
     return isfinite(sum) ? FP_OK : FP_ERR_LAPACK;
 }
@@ -236,6 +250,12 @@ fp_status fp_fold_gauge(const fp_fold_dims *m, int32_t rows, int32_t extra, int 
     return FP_OK;
 }
 
+double fp_fold_right_scale(const fp_fold_call *call, int32_t column)
+{
+    const double *scale = call->heads->right_scale;
+    return scale ? scale[column] : 1.0;
+}
+
 void fp_fold_clear(const fp_fold_call *call, size_t group)
 {
     const fp_fold_dims *m = &call->dims;
@@ -258,11 +278,14 @@ void fp_fold_write_gauge(const fp_fold_call *call, size_t group, const fp_fold_b
         double *row = right + (size_t)i * de;
         const double *source = w->y + i;
         call->out->pivots[group * capacity + (size_t)i] = w->pivots[i];
+        /* the identity holds between scaled columns: take the scales out again */
+        double own = fp_fold_right_scale(call, w->pivots[i]);
         row[w->pivots[i]] = 1.0;
         for (int32_t j = rank; with_rest && j < m->d; j++)
-            row[w->pivots[j]] = source[(size_t)j * (size_t)rows];
+            row[w->pivots[j]] = source[(size_t)j * (size_t)rows] * own /
+                                fp_fold_right_scale(call, w->pivots[j]);
         for (int32_t j = m->d; j < m->de; j++)
-            row[j] = source[(size_t)j * (size_t)rows];
+            row[j] = source[(size_t)j * (size_t)rows] * own;
     }
 }
 

@@ -80,6 +80,9 @@ void fp_fold_solve(int32_t rank, int32_t rows, int32_t cols, const double *r11, 
 void fp_fold_write_gauge(const fp_fold_call *call, size_t group, const fp_fold_buffers *w,
                          int32_t rows, int32_t rank, int with_rest);
 
+/* What column j of right meets. */
+double fp_fold_right_scale(const fp_fold_call *call, int32_t column);
+
 /* basis (h x rank) = the columns of right (h x de) that pivots name. */
 void fp_fold_pick_columns(const fp_fold_dims *m, const fp_fold_buffers *w, const int32_t *pivots,
                           int32_t rank);

@@ -30,11 +30,12 @@ fp_status fp_irc_spectrum(const fp_heads *h, double *squared, int threads, void 
     return fp_fold_run(&call, spectrum_group, threads, work, work_bytes);
 }
 
-/* Best rank-r part of X = U S V^T. Leaves S_r V_r^T (r x d) in y and R V_r (h x r) in mix: M_r = left^T
- * mix V_r^T. */
-static fp_status truncate(const fp_fold_dims *m, fp_fold_buffers *w, int32_t wanted, int32_t *rank,
-                          double *error)
+/* Best rank-r part of X = U S V^T. Leaves S_r V_r^T (r x d) in y and R D V_r (h x r) in mix, D the
+ * right scales: M_r = left^T mix V_r^T D^-1. */
+static fp_status truncate(const fp_fold_call *call, fp_fold_buffers *w, int32_t wanted,
+                          int32_t *rank, double *error)
 {
+    const fp_fold_dims *m = &call->dims;
     const double one = 1.0, zero = 0.0;
     int32_t least = m->k < m->d ? m->k : m->d;
     memcpy(w->y, w->x, (size_t)m->k * (size_t)m->d * sizeof(double));
@@ -49,22 +50,28 @@ static fp_status truncate(const fp_fold_dims *m, fp_fold_buffers *w, int32_t wan
         *error += w->s[i] * w->s[i];
     for (int32_t j = 0; j < m->d; j++)
         for (int32_t i = 0; i < *rank; i++)
-            w->y[i + (size_t)j * (size_t)*rank] = w->s[i] * w->vt[i + (size_t)j * (size_t)least];
+            w->y[i + (size_t)j * (size_t)*rank] =
+                w->vt[i + (size_t)j * (size_t)least] * fp_fold_right_scale(call, j);
     if (*rank)
-        fp_dgemm("T", "T", &m->h, rank, &m->d, &one, w->right, &m->de, w->vt, &least, &zero, w->mix, &m->h, 1, 1);
+        fp_dgemm("T", "T", &m->h, rank, &m->d, &one, w->right, &m->de, w->y, rank, &zero, w->mix, &m->h, 1, 1);
+    for (int32_t j = 0; j < m->d; j++)
+        for (int32_t i = 0; i < *rank; i++)
+            w->y[i + (size_t)j * (size_t)*rank] = w->s[i] * w->vt[i + (size_t)j * (size_t)least];
     return FP_OK;
 }
 
-/* basis = mix V_r^T at the pivots. */
-static void mix_at_pivots(const fp_fold_dims *m, fp_fold_buffers *w, int32_t rank, int32_t kept)
+/* basis = mix V_r^T D^-1 at the pivots. */
+static void mix_at_pivots(const fp_fold_call *call, fp_fold_buffers *w, int32_t rank, int32_t kept)
 {
+    const fp_fold_dims *m = &call->dims;
     const double one = 1.0, zero = 0.0;
     int32_t least = m->k < m->d ? m->k : m->d;
     double *columns = w->u; /* rank x kept; U is no longer needed */
     for (int32_t j = 0; j < kept; j++)
         for (int32_t i = 0; i < rank; i++)
             columns[i + (size_t)j * (size_t)rank] =
-                w->vt[i + (size_t)w->pivots[j] * (size_t)least];
+                w->vt[i + (size_t)w->pivots[j] * (size_t)least] /
+                fp_fold_right_scale(call, w->pivots[j]);
     if (kept)
         fp_dgemm("N", "N", &m->h, &kept, &rank, &one, w->mix, &m->h, columns, &rank, &zero, w->basis, &m->h, 1, 1);
 }
@@ -78,7 +85,7 @@ static void write_balanced(const fp_fold_call *call, size_t group, fp_fold_buffe
         double root = sqrt(w->s[i]);
         for (int32_t j = 0; j < m->d; j++)
             right[(size_t)i * (size_t)m->de + (size_t)j] =
-                root * w->vt[i + (size_t)j * (size_t)least];
+                root * w->vt[i + (size_t)j * (size_t)least] / fp_fold_right_scale(call, j);
         for (int32_t j = 0; j < m->h; j++)
             w->basis[j + (size_t)i * (size_t)m->h] = w->mix[j + (size_t)i * (size_t)m->h] / root;
     }
@@ -99,7 +106,7 @@ static void fold_group(void *context, size_t group, int worker)
     if (!call->ranks && out->pivots) { /* all of M: no truncation, one rounding less */
         memcpy(w.y, w.x, (size_t)m->k * (size_t)m->de * sizeof(double));
     } else {
-        status = truncate(m, &w, call->ranks ? call->ranks[group] : m->h, &rank, &error);
+        status = truncate(call, &w, call->ranks ? call->ranks[group] : m->h, &rank, &error);
         rows = rank;
         if (status || !rank)
             goto done;
@@ -111,7 +118,7 @@ static void fold_group(void *context, size_t group, int worker)
         if (status)
             goto done;
         if (call->ranks)
-            mix_at_pivots(m, &w, rows, rank);
+            mix_at_pivots(call, &w, rows, rank);
         else
             fp_fold_pick_columns(m, &w, w.pivots, rank);
         fp_fold_write_gauge(call, group, &w, rows, rank, 1);

@@ -23,8 +23,8 @@ static size_t plane_row(const rope_call *c, size_t plane, int second)
     return plane + (second ? half : 0);
 }
 
-/* One row of a matrix and its bias column, read piece by piece. */
-static double row_energy(const fp_matrix *m, const fp_matrix *bias, size_t row)
+/* One row of a matrix, its columns scaled, and its bias column, read piece by piece. */
+static double row_energy(const fp_matrix *m, const double *scale, const fp_matrix *bias, size_t row)
 {
     double sum = 0, value;
     fp_matrix cell = *m;
@@ -32,6 +32,7 @@ static double row_energy(const fp_matrix *m, const fp_matrix *bias, size_t row)
     for (size_t j = 0; j < m->cols; j++) {
         fp_matrix_load(&cell, row, 1, &value, 1, 1);
         cell.data = (const char *)cell.data + m->col_stride;
+        value *= scale ? scale[j] : 1.0;
         sum += value * value;
     }
     if (bias->data) {
@@ -52,8 +53,9 @@ static void score_group(void *context, size_t group, int worker)
         for (int second = 0; second < 2; second++) {
             size_t row = plane_row(c, p, second);
             for (size_t i = 0; i < per_group; i++)
-                q += row_energy(&h->left, &h->left_bias, (group * per_group + i) * h->head_dim + row);
-            k += row_energy(&h->right, &h->right_extra, group * h->head_dim + row);
+                q += row_energy(&h->left, h->left_scale, &h->left_bias,
+                                (group * per_group + i) * h->head_dim + row);
+            k += row_energy(&h->right, h->right_scale, &h->right_extra, group * h->head_dim + row);
         }
         c->scores[group * planes + p] = q * k;
     }

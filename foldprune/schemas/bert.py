@@ -11,6 +11,8 @@ BERT = Schema(
         key=Slot("attention.self.key"),
         value=Slot("attention.self.value"),
         output=Slot("attention.output.dense"),
+        norm_before="output.LayerNorm",
+        norm_first="embeddings.LayerNorm",
     ),
     feed_forward=FeedForward(up=Slot("intermediate.dense"), down=Slot("output.dense")),
     requires=("attention.output.LayerNorm.weight", "output.LayerNorm.weight"),

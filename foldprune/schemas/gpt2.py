@@ -13,6 +13,7 @@ GPT2 = Schema(
         key=Slot(_FUSED, part=1, parts=3, transposed=True),
         value=Slot(_FUSED, part=2, parts=3, transposed=True),
         output=Slot("attn.c_proj", transposed=True),
+        norm="ln_1",
     ),
     feed_forward=FeedForward(
         up=Slot("mlp.c_fc", transposed=True), down=Slot("mlp.c_proj", transposed=True)

@@ -49,7 +49,8 @@ class Matrix:
 
 @dataclass
 class AttentionBlock:
-    """One self-attention. ``forbidden`` maps a method to the reason why it is invalid here."""
+    """One self-attention. ``norm`` is the tensor prefix of the normalisation before it, if known;
+    ``forbidden`` maps a method to the reason why it is invalid here."""
 
     name: str
     query: Matrix
@@ -60,6 +61,7 @@ class AttentionBlock:
     scaled: bool
     heads: int = 0
     groups: int = 0
+    norm: str | None = None
     forbidden: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -205,8 +207,29 @@ class _Finder:
                 f"effect on the folds is unknown: {_listed(unknown)}. Register a schema that names them "
                 "(foldprune.schemas.register), or prune alone with recipe=Recipe(fpp=...)"
             )
+        self._find_norms(layout)
         self._find_outside(layout)
         return layout
+
+    def _find_norms(self, layout: Layout) -> None:
+        attention = self.schema.attention
+        prefixes = list(self.blocks)
+        for block, prefix in zip(layout.attentions, prefixes, strict=True):
+            match = self.block.match(prefix + "x")
+            assert match is not None
+            number, start = int(match[2]), match.start(2)
+            if attention.norm is not None:
+                candidates = [prefix + attention.norm]
+            elif number > 0 and attention.norm_before is not None:
+                before = prefix[:start] + str(number - 1) + prefix[match.end(2) :]
+                candidates = [before + attention.norm_before]
+            elif attention.norm_first is not None:
+                end = re.compile(r"(^|\.)" + re.escape(attention.norm_first) + r"\.(weight|gamma)$")
+                candidates = [name.rpartition(".")[0] for name in self.outside if end.search(name)]
+            else:
+                candidates = []
+            # several: more than one model in the dict, and no telling which is meant
+            block.norm = candidates[0] if len(candidates) == 1 else None
 
     def _find_block(self, layout: Layout, prefix: str, names: list[str]) -> list[str]:
         matrices = {

@@ -12,6 +12,7 @@ LLAMA = Schema(
         value=Slot("self_attn.v_proj"),
         output=Slot("self_attn.o_proj"),
         rope="half",
+        norm="input_layernorm",
     ),
     feed_forward=FeedForward(
         gate=Slot("mlp.gate_proj"), up=Slot("mlp.up_proj"), down=Slot("mlp.down_proj")

@@ -32,7 +32,12 @@ class Slot:
 class Attention:
     """Self-attention of a block. ``rope`` says which rows of a head rotate together: "half" (row i with
     i + head_dim / 2), "adjacent" (2i with 2i + 1), or None. ``scaled``: logits are divided by
-    sqrt(head_dim)."""
+    sqrt(head_dim).
+
+    The normalisation whose output the block's projections read, without ".weight": ``norm`` in the block
+    itself (pre-norm models), or ``norm_before`` in the block before and, for the first one, ``norm_first``
+    outside the blocks (post-norm). Its gain says how large each input is; None: unknown.
+    """
 
     query: Slot
     key: Slot
@@ -40,6 +45,9 @@ class Attention:
     output: Slot
     rope: str | None = None
     scaled: bool = True
+    norm: str | None = None
+    norm_before: str | None = None
+    norm_first: str | None = None
 
 
 @dataclass(frozen=True)
