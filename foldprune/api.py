@@ -1,5 +1,5 @@
-"""``compress``: which tensors, which methods, how far. The methods themselves are in attention.py and
-prune.py; how a rate is spread over them is in spread.py."""
+"""``compress``: which tensors, which methods, how far. The methods themselves are in attention.py
+and prune.py; how a rate is spread over them is in spread.py."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ def compress(
     ----------
     state_dict
         A mapping of names to NumPy arrays or torch tensors (float32, float64, float16, bfloat16;
-        other dtypes pass through), a torch module or Hugging Face model, or a path: ``.safetensors``, a
-        sharded index, a folder with config.json, a torch ``.pt``/``.bin`` (read with weights_only).
-        It is not modified, and the result shares no memory with it.
+        other dtypes pass through), a torch module or Hugging Face model, or a path:
+        ``.safetensors``, a sharded index, a folder with config.json, a torch ``.pt``/``.bin``
+        (read with weights_only). It is not modified, and the result shares no memory with it.
     rate
-        The share of all the model's numbers to remove, in [0, 1). It is spread over the methods by least
-        estimated relative output error per number removed, and reached within 0.5 points. 0 removes only what
-        the model cannot see (the lossless level).
+        The share of all the model's numbers to remove, in [0, 1). It is spread over the methods by
+        least estimated relative output error per number removed, and reached within 0.5 points. 0
+        removes only what the model cannot see (the lossless level).
     recipe
         Sets every method by hand instead; ``rate`` is then not used.
     config
-        The model's configuration, for its heads: a mapping, a Hugging Face config, or a path. By default
-        the model's own, or the config.json beside a file.
+        The model's configuration, for its heads: a mapping, a Hugging Face config, or a path. By
+        default the model's own, or the config.json beside a file.
     num_heads
-        Number of query heads, where there is no configuration. Without either, known shapes are recognised;
-        else the head size is assumed to be 64 with a ``HeadSizeWarning``.
+        Number of query heads, where there is no configuration. Without either, known shapes are
+        recognised; else the head size is assumed to be 64 with a ``HeadSizeWarning``.
     calibration
         Reserved for calibrated compression; must be None.
     progress
@@ -79,8 +79,8 @@ def compress(
     Raises
     ------
     TensorError, TensorTypeError
-        (ValueError, TypeError) a tensor that cannot be compressed: NaN or Inf in any floating tensor,
-        complex, object or integer weights, shapes that disagree.
+        (ValueError, TypeError) a tensor that cannot be compressed: NaN or Inf in any floating
+        tensor, complex, object or integer weights, shapes that disagree.
     ModelError
         (ValueError) an unknown or incomplete architecture, or heads that do not divide it.
     RateError
@@ -125,7 +125,9 @@ def resolve_config(config: Any) -> Mapping[str, Any] | None:
     if callable(to_dict := getattr(config, "to_dict", None)):
         values: Mapping[str, Any] = to_dict()
         return values
-    raise TypeError(f"config: expected a mapping, a config object or a path, got {type(config).__name__}")
+    raise TypeError(
+        f"config: expected a mapping, a config object or a path, got {type(config).__name__}"
+    )
 
 
 @dataclass
@@ -206,7 +208,8 @@ class _Job:
                 contiguous = np.ascontiguousarray(array)
                 if not _core.all_finite(contiguous, self.threads):
                     raise TensorError(
-                        f"{name!r} holds NaN or Inf; a checkpoint must be finite to be compressed. Find the "
+                        f"{name!r} holds NaN or Inf; a checkpoint must be finite to be "
+                        "compressed. Find the "
                         "step that broke it, or replace the values (numpy.nan_to_num)"
                     )
             elif group != "other" and not tensors.is_extension_float(array.dtype):
@@ -220,7 +223,8 @@ class _Job:
     # ---- folds ----------------------------------------------------------------------------------
 
     def fold_query_key(self, block: AttentionBlock, ranks: int | Array | None, method: str) -> bool:
-        """IRC on one block; False (with the reason noted) where it is invalid or would not be smaller."""
+        """IRC on one block; False (with the reason noted) where it is invalid or would not be
+        smaller."""
         reason = self._refusal(block, "irc", block.query, exact=ranks is None)
         if reason is None:
             fold = attention.irc(block, self.arrays, ranks, self.threads)
@@ -234,7 +238,9 @@ class _Job:
 
     def fold_value(self, block: AttentionBlock, mode: str | int | Array, method: str) -> bool:
         """DWC on one block, as above."""
-        reason = self._refusal(block, "dwc", block.value, exact=isinstance(mode, str) and mode == "lossless")
+        reason = self._refusal(
+            block, "dwc", block.value, exact=isinstance(mode, str) and mode == "lossless"
+        )
         if reason is None:
             fold = attention.dwc(block, self.arrays, mode, self.threads)
             if self._smaller(fold, {"value": block.value}):
@@ -252,7 +258,9 @@ class _Job:
             return block.forbidden[method]
         dtype = self.arrays[matrix.weight].dtype
         if exact and not attention.exact_in(dtype):
-            return f"in {dtype} a change of gauge would re-round every weight, which is not lossless"
+            return (
+                f"in {dtype} a change of gauge would re-round every weight, which is not lossless"
+            )
         if tensors.is_extension_float(dtype) and not tensors.is_weight_dtype(dtype):
             return f"{dtype} weights pass through untouched"
         return None
@@ -284,7 +292,9 @@ class _Job:
         assert fold.output is not None and fold.output_scale is not None
         name = block.output.weight
         if not np.all(np.isfinite(fold.output.astype(np.float64))):
-            raise TensorError(f"{name!r}: the folded output projection overflows {fold.output.dtype}")
+            raise TensorError(
+                f"{name!r}: the folded output projection overflows {fold.output.dtype}"
+            )
         self.replaced[name] = fold.output
         self.col_scales[name] = fold.output_scale
         self.methods.setdefault(name, []).append(method)
@@ -321,7 +331,9 @@ class _Job:
         if (folded := self.segments[name].get(matrix.slot.part)) is not None:
             return folded
         array = self.arrays[name]
-        view = matrix.view(array, heads) if name == matrix.weight else matrix.bias_view(array, heads)
+        view = (
+            matrix.view(array, heads) if name == matrix.weight else matrix.bias_view(array, heads)
+        )
         return Dense(np.array(view, order="C"))
 
     # ---- pruning --------------------------------------------------------------------------------
@@ -366,7 +378,8 @@ class _Job:
             at = recipe.at(block.query.weight)
             if at.irc != recipe.at(block.key.weight).irc:
                 raise ValueError(
-                    f"overrides give {block.query.weight!r} and {block.key.weight!r} different 'irc': they "
+                    f"overrides give {block.query.weight!r} and {block.key.weight!r} different "
+                    "'irc': they "
                     "fold together; match both"
                 )
             if at.irc is not None:
@@ -415,7 +428,8 @@ class _Job:
                 continue
             if any(member is None for member in members):
                 raise ValueError(
-                    f"{block.name}: fpp_granularity 'neuron' takes {', '.join(names)} together; an override "
+                    f"{block.name}: fpp_granularity 'neuron' takes {', '.join(names)} together; "
+                    "an override "
                     "leaves one of them out"
                 )
             up, down, *gate = (member for member in members if member is not None)
@@ -428,7 +442,8 @@ class _Job:
             self.layout.groups[target.name] == "feed_forward" for target in left
         ):
             raise ModelError(
-                "fpp_granularity 'neuron' needs a known architecture, to tell which rows and columns belong "
+                "fpp_granularity 'neuron' needs a known architecture, to tell which rows and "
+                "columns belong "
                 "to one hidden unit"
             )
         return left
@@ -458,9 +473,10 @@ class _Job:
         recipe = Recipe()
         targets = self.targets(recipe.fpp_on)
         for target in targets:
-            if (fold := folded_outputs.get(target.name)) is not None and fold.output is not None:
-                target.matrix = np.ascontiguousarray(fold.output)
-                target.col_scale = fold.output_scale
+            folded = folded_outputs.get(target.name)
+            if folded is not None and folded.output is not None:
+                target.matrix = folded.output
+                target.col_scale = folded.output_scale
         self._weigh(targets)
         histogram = _core.histogram([target.scored for target in targets], self.threads)
         total = sum(a.size for a in self.arrays.values() if tensors.is_weight_dtype(a.dtype))
@@ -551,7 +567,8 @@ class _Job:
         )
 
     def _dense(self, name: str, array: Array) -> _Result:
-        """A tensor that no method changed, or only DWC's replacement. A copy: the caller may go on training."""
+        """A tensor that no method changed, or only DWC's replacement. A copy: the caller may go on
+        training."""
         method = " + ".join(self.methods.get(name, [])) or "dense"
         replaced = self.replaced.get(name)
         if replaced is None:

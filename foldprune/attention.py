@@ -1,8 +1,9 @@
 """Folds of one attention block: from its matrices to the encodings of its tensors.
 
-Data-free: what the normalisation before the block puts out is taken as white before its gain, so input j
-has the root mean square |gain_j| (1 where no such norm is known). IRC sees the logits' matrices
-M_i = [W_q,i b_q,i]^T W_k,j, DWC the outputs' W_o,i W_v,j; see csrc/include/foldprune.h for the core.
+Data-free: what the normalisation before the block puts out is taken as white before its gain, so
+input j has the root mean square |gain_j| (1 where no such norm is known). IRC sees the logits'
+matrices M_i = [W_q,i b_q,i]^T W_k,j, DWC the outputs' W_o,i W_v,j; see csrc/include/foldprune.h
+for the core.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ __all__ = ["Curve", "Fold", "dwc", "dwc_curve", "exact_in", "irc", "irc_curve"]
 
 @dataclass
 class Fold:
-    """``weights`` and ``biases`` hold encodings by the role of the matrix ("query", ...), each in (out x in)
-    orientation; ``output`` and ``output_bias`` are the new W_o (out x in) and b_o of DWC. ``error`` is
-    ||M - M'||^2 / ||M||^2 over all heads. ``output_scale``: root mean square of W_o's inputs, per column,
-    when the block's inputs are as above."""
+    """``weights`` and ``biases`` hold encodings by the role of the matrix ("query", ...), each in
+    (out x in) orientation; ``output`` and ``output_bias`` are the new W_o (out x in) and b_o of
+    DWC. ``error`` is ||M - M'||^2 / ||M||^2 over all heads. ``output_scale``: root mean square of
+    W_o's inputs, per column, when the block's inputs are as above."""
 
     weights: dict[str, Encoding]
     biases: dict[str, Encoding] = field(default_factory=dict)
@@ -38,17 +39,19 @@ class Fold:
 
 
 def exact_in(dtype: np.dtype[Any]) -> bool:
-    """Whether a change of gauge survives rounding to the dtype. Sixteen bits re-round every number by up to
-    one part in 256 to 2,048, which is no longer lossless."""
+    """Whether a change of gauge survives rounding to the dtype. Sixteen bits re-round every number
+    by up to one part in 256 to 2,048, which is no longer lossless."""
     return dtype.itemsize >= 4
 
 
 def input_scale(block: AttentionBlock, arrays: Mapping[str, Array]) -> Array | None:
-    """|gain| of the norm before the block, (d,) float64; None if unknown. Gains near zero are raised to a
-    thousandth of the largest, so that no input counts for nothing."""
+    """|gain| of the norm before the block, (d,) float64; None if unknown. Gains near zero are
+    raised to a thousandth of the largest, so that no input counts for nothing."""
     if block.norm is None:
         return None
-    gain = next((arrays[n] for n in (f"{block.norm}.weight", f"{block.norm}.gamma") if n in arrays), None)
+    gain = next(
+        (arrays[n] for n in (f"{block.norm}.weight", f"{block.norm}.gamma") if n in arrays), None
+    )
     if gain is None or gain.shape != (block.query.cols,):
         return None
     scale = np.abs(gain.astype(np.float64))
@@ -64,7 +67,8 @@ def _load(
     for name, array in ((matrix.weight, weight), (matrix.bias, bias)):
         if array is not None and not is_weight_dtype(array.dtype):
             raise TensorTypeError(
-                f"{name!r}: {array.dtype} weights cannot be folded; expected float32, float64, float16 "
+                f"{name!r}: {array.dtype} weights cannot be folded; expected float32, float64, "
+                "float16 "
                 "or bfloat16"
             )
     view = matrix.view(weight, block.heads)
@@ -75,7 +79,8 @@ def _logit_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[An
     query, key = _load(block, arrays, block.query), _load(block, arrays, block.key)
     if query[0].dtype != key[0].dtype:
         raise TensorTypeError(
-            f"{block.query.weight!r} is {query[0].dtype}, {block.key.weight!r} is {key[0].dtype}: a fold "
+            f"{block.query.weight!r} is {query[0].dtype}, {block.key.weight!r} is {key[0].dtype}: "
+            "a fold "
             "needs one dtype; cast one of them"
         )
     # without rotation the key's bias adds a constant to each row of the softmax and drops out
@@ -88,10 +93,12 @@ def _output_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[A
     value, output = _load(block, arrays, block.value), _load(block, arrays, block.output)
     if value[0].dtype != output[0].dtype:
         raise TensorTypeError(
-            f"{block.value.weight!r} is {value[0].dtype}, {block.output.weight!r} is {output[0].dtype}: a "
+            f"{block.value.weight!r} is {value[0].dtype}, {block.output.weight!r} is "
+            f"{output[0].dtype}: a "
             "fold needs one dtype; cast one of them"
         )
-    # rows of the softmax sum to one, so the value's bias is a constant that the output's bias takes up
+    # rows of the softmax sum to one, so the value's bias is a constant that the output's bias
+    # takes up
     extra = value[1] if block.output.bias is None else None
     scale = input_scale(block, arrays)
     return (output[0].T, None, value[0], extra, block.heads, block.groups, None, scale)
@@ -117,8 +124,8 @@ def irc(
 ) -> Fold:
     """Identical row compression of query and key.
 
-    ``ranks``: kept rank per head (planes under rotary embedding), one number or one per key head; None
-    is the lossless level, for dtypes where ``exact_in`` holds.
+    ``ranks``: kept rank per head (planes under rotary embedding), one number or one per key head;
+    None is the lossless level, for dtypes where ``exact_in`` holds.
     """
     heads = _logit_heads(block, arrays)
     dtype = heads[0].dtype
@@ -184,9 +191,7 @@ def _key_rows(
         parts.append(rows.ravel())
     values = np.concatenate(parts).astype(dtype)
     columns = _int32(np.concatenate(chosen)) if pivots is not None else None
-    return Rows(
-        block.groups, block.head_dim, block.key.cols, _int32(ranks), values, columns
-    )
+    return Rows(block.groups, block.head_dim, block.key.cols, _int32(ranks), values, columns)
 
 
 def _free(cols: int, pivots: Array) -> Array:
@@ -265,7 +270,8 @@ def _irc_planes(
 
 def _pivots_hold(right: Array, pivots: Array, ranks: Array) -> bool:
     return all(
-        bool(np.all(right[j, np.arange(r), 0, pivots[j, :r]] == 1)) for j, r in enumerate(ranks.tolist())
+        bool(np.all(right[j, np.arange(r), 0, pivots[j, :r]] == 1))
+        for j, r in enumerate(ranks.tolist())
     )
 
 
@@ -285,8 +291,8 @@ def dwc(
 ) -> Fold:
     """Diagonal weight compression of value.
 
-    ``mode``: "slice", "pivot", "lossless", or the remainder's rank (one number, or one per key head).
-    Raises ModelError where a slice is not defined.
+    ``mode``: "slice", "pivot", "lossless", or the remainder's rank (one number, or one per key
+    head). Raises ModelError where a slice is not defined.
     """
     heads = _output_heads(block, arrays)
     dtype, head_dim, groups = heads[2].dtype, block.head_dim, block.groups
@@ -364,8 +370,10 @@ def _dwc_named(
         return _core.dwc_select(heads, None, min(head_dim, cols), threads)
     if block.groups != block.heads or block.heads * head_dim != cols:
         raise ModelError(
-            f"{block.name}: dwc='slice' needs as many key heads as query heads and an input of heads x "
-            f"head size, here {block.heads} x {head_dim} query rows, {block.groups} key heads and {cols} "
+            f"{block.name}: dwc='slice' needs as many key heads as query heads and an input of "
+            "heads x "
+            f"head size, here {block.heads} x {head_dim} query rows, {block.groups} key heads and "
+            f"{cols} "
             "inputs; use dwc='pivot'"
         )
     columns = _int32(np.arange(cols).reshape(block.groups, head_dim))
@@ -376,9 +384,7 @@ def _fold_bias(block: AttentionBlock, arrays: Mapping[str, Array]) -> Array:
     """b_o + W_o b_v, each value head's bias seen by every query head of its group."""
     assert block.value.bias is not None and block.output.bias is not None
     value = block.value.bias_view(arrays[block.value.bias], block.heads).astype(np.float64)
-    seen = np.repeat(
-        value.reshape(block.groups, -1), block.heads // block.groups, axis=0
-    ).ravel()
+    seen = np.repeat(value.reshape(block.groups, -1), block.heads // block.groups, axis=0).ravel()
     weight = block.output.view(arrays[block.output.weight], block.heads).astype(np.float64)
     bias = arrays[block.output.bias]
     return (bias.astype(np.float64) + weight @ seen).astype(bias.dtype)
@@ -392,8 +398,8 @@ class Curve:
     """For one block and method: what it costs to keep less.
 
     ``start`` is the numbers stored at no error ("lossless" where the dtype allows, else dense),
-    ``dense`` before any fold. ``stored[j][r]`` and ``error[j][r]``: numbers and error (share of the block's
-    energy) of key head j at rank r.
+    ``dense`` before any fold. ``stored[j][r]`` and ``error[j][r]``: numbers and error (share of
+    the block's energy) of key head j at rank r.
     """
 
     dense: int

@@ -16,7 +16,8 @@ __all__ = ["Compressed"]
 
 
 class Compressed(Mapping[str, Array]):
-    """A compressed checkpoint: a mapping of names to dense NumPy arrays, each unpacked when it is read.
+    """A compressed checkpoint: a mapping of names to dense NumPy arrays, each unpacked when it is
+    read.
 
     Attributes
     ----------
@@ -29,8 +30,8 @@ class Compressed(Mapping[str, Array]):
     tied : Mapping[str, str]
         Names that share another one's tensor.
     framework : str or None
-        "torch" or "numpy": whose tensors ``state_dict`` gives. None: those of torch if the process has imported
-        it, else NumPy's.
+        "torch" or "numpy": whose tensors ``state_dict`` gives. None: those of torch if the process
+        has imported it, else NumPy's.
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class Compressed(Mapping[str, Array]):
     def __repr__(self) -> str:
         total = self.report.totals["model"]
         return (
-            f"<foldprune.Compressed: {len(self)} tensors, {total.removed:.1%} of the numbers removed, "
+            f"<foldprune.Compressed: {len(self)} tensors, {total.removed:.1%} of the numbers "
+            "removed, "
             f"{total.bytes / 1e6:.1f} -> {total.stored_bytes / 1e6:.1f} MB>"
         )
 
@@ -74,10 +76,11 @@ class Compressed(Mapping[str, Array]):
         return self.report._repr_html_()
 
     def state_dict(self, framework: str | None = None) -> dict[str, Any]:
-        """The dense state dict: same names, order, dtypes and shapes as the original, tied tensors tied.
+        """The dense state dict: same names, order, dtypes and shapes as the original, tied tensors
+        tied.
 
-        The unmodified model takes it with ``load_state_dict(strict=True)``. ``framework``: "torch" or
-        "numpy"; by default the one that the original was in.
+        The unmodified model takes it with ``load_state_dict(strict=True)``. ``framework``: "torch"
+        or "numpy"; by default the one that the original was in.
         """
         framework = framework or self.framework or ("torch" if "torch" in sys.modules else "numpy")
         dense: dict[str, Any] = {}
@@ -90,10 +93,11 @@ class Compressed(Mapping[str, Array]):
         return dense
 
     def save(self, path: str | os.PathLike[str], *, max_shard_bytes: int | None = None) -> None:
-        """Writes the packed form: one safetensors file, or with ``max_shard_bytes`` a folder of shards and an
-        index.
+        """Writes the packed form: one safetensors file, or with ``max_shard_bytes`` a folder of
+        shards and an index.
 
-        The old file or the new one is there at any moment, whole. Raises OSError if it cannot be written.
+        The old file or the new one is there at any moment, whole. Raises OSError if it cannot be
+        written.
         """
         from . import container
 

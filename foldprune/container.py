@@ -1,10 +1,11 @@
 """The file format: safetensors, with the parts of every tensor named after it and a JSON header.
 
-A tensor stored whole keeps its own name; a part of an encoded one is called ``name::part``. The header is in the
-file's metadata under "foldprune" (its CRC-32 under "foldprune_crc32"); it holds the format's version, the order
-of names, each tensor's shape, dtype and encoding, ties, recipe, report, and every part's CRC-32. A folder of shards
-has the header in its index instead. The files are written beside their place, synced and renamed, so that
-a reader sees the old state or the new one.
+A tensor stored whole keeps its own name; a part of an encoded one is called ``name::part``. The
+header is in the file's metadata under "foldprune" (its CRC-32 under "foldprune_crc32"); it holds
+the format's version, the order of names, each tensor's shape, dtype and encoding, ties, recipe,
+report, and every part's CRC-32. A folder of shards has the header in its index instead. The files
+are written beside their place, synced and renamed, so that a reader sees the old state or the new
+one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def save(compressed: Compressed, path: str, max_shard_bytes: int | None = None) 
     for name, encoding in compressed.encodings.items():
         own = {_part_name(name, part): array for part, array in encoding.parts().items()}
         if clash := set(own) & set(parts):
-            raise FormatError(f"the names {sorted(clash)} cannot be told apart in a file; rename them")
+            raise FormatError(
+                f"the names {sorted(clash)} cannot be told apart in a file; rename them"
+            )
         parts |= {name: np.ascontiguousarray(array) for name, array in own.items()}
         described.append(
             {
@@ -67,7 +70,9 @@ def save(compressed: Compressed, path: str, max_shard_bytes: int | None = None) 
     metadata = {"foldprune": text, "foldprune_crc32": str(zlib.crc32(text.encode()))}
     if max_shard_bytes is None:
         if os.path.isdir(path):
-            raise IsADirectoryError(f"{path} is a folder; pass max_shard_bytes= to write shards into it")
+            raise IsADirectoryError(
+                f"{path} is a folder; pass max_shard_bytes= to write shards into it"
+            )
         _write(path, lambda temporary: save_file(parts, temporary, metadata))
     else:
         _save_shards(parts, metadata, path, max_shard_bytes)
@@ -76,8 +81,8 @@ def save(compressed: Compressed, path: str, max_shard_bytes: int | None = None) 
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Compressed:
     """Opens what ``Compressed.save`` wrote: a file, a folder of shards, or its index.
 
-    Tensors stay packed in memory and are unpacked when read. Raises FormatError (a ValueError) if the file is
-    damaged, truncated or of a newer version, OSError if it cannot be read.
+    Tensors stay packed in memory and are unpacked when read. Raises FormatError (a ValueError) if
+    the file is damaged, truncated or of a newer version, OSError if it cannot be read.
     """
     from .api import resolve_threads
 
@@ -92,7 +97,9 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Compres
         parts, metadata = read_safetensors(path)
     text = metadata.get("foldprune")
     if text is None:
-        raise FormatError(f"{path} is not a foldprune file; a dense checkpoint goes to foldprune.compress")
+        raise FormatError(
+            f"{path} is not a foldprune file; a dense checkpoint goes to foldprune.compress"
+        )
     if str(zlib.crc32(text.encode())) != metadata.get("foldprune_crc32"):
         raise FormatError(f"{path}: the header is damaged (its checksum does not fit)")
     try:
@@ -106,7 +113,8 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Compres
 def _decode(header: Mapping[str, Any], parts: dict[str, Array], threads: int) -> Compressed:
     if header["version"] != VERSION:
         raise FormatError(
-            f"format version {header['version']}, this foldprune reads {VERSION}: install a newer one"
+            f"format version {header['version']}, this foldprune reads {VERSION}: install a newer "
+            "one"
         )
     if set(header["crc32"]) != set(parts):
         odd = sorted(set(header["crc32"]) ^ set(parts))
@@ -144,9 +152,10 @@ def _part_name(name: str, part: str) -> str:
 
 
 def _crc(array: Array) -> int:
-    """CRC-32 of shape, dtype and bytes, so that a header that lies about the first two is found out."""
+    """CRC-32 of shape, dtype and bytes, so that a header that lies about the first two is found
+    out."""
     start = zlib.crc32(f"{array.dtype.name}{list(array.shape)}".encode())
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), start)
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, start)
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -186,7 +195,8 @@ def _sync(path: str) -> None:
 def _save_shards(
     parts: dict[str, Array], metadata: dict[str, str], folder: str, max_shard_bytes: int
 ) -> None:
-    """Shards under names of their own, then the index in one rename; what the old index named goes last."""
+    """Shards under names of their own, then the index in one rename; what the old index named goes
+    last."""
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: expected at least 1")
     os.makedirs(folder, exist_ok=True)
@@ -204,7 +214,9 @@ def _save_shards(
     old = _shards_of(index)
     for i, shard in enumerate(shards, 1):
         file = f"foldprune-{token}-{i:05}-of-{len(shards):05}.safetensors"
-        _write(os.path.join(folder, file), lambda temporary, shard=shard: save_file(shard, temporary))
+        _write(
+            os.path.join(folder, file), lambda temporary, shard=shard: save_file(shard, temporary)
+        )
         weight_map |= dict.fromkeys(shard, file)
 
     def write_index(temporary: str) -> None:
@@ -227,7 +239,9 @@ def _shards_of(index: str) -> set[str]:
     return {
         file
         for file in files
-        if isinstance(file, str) and os.path.basename(file) == file and file.startswith("foldprune-")
+        if isinstance(file, str)
+        and os.path.basename(file) == file
+        and file.startswith("foldprune-")
     }
 
 

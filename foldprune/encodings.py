@@ -1,8 +1,9 @@
 """How one tensor is stored: each encoding can give the dense tensor back from its own parts alone.
 
-A part is an array with a short name; ``params`` is what else has to be remembered, as JSON. ``restore``
-is the inverse of both and trusts nothing that it reads: sizes are checked before anything of the claimed
-size is allocated. ``numbers`` counts what stands for weights (not masks or indices), ``nbytes`` everything.
+A part is an array with a short name; ``params`` is what else has to be remembered, as JSON.
+``restore`` is the inverse of both and trusts nothing that it reads: sizes are checked before
+anything of the claimed size is allocated. ``numbers`` counts what stands for weights (not masks or
+indices), ``nbytes`` everything.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ WEIGHT_DTYPES = (np.dtype("f4"), np.dtype("f8"), np.dtype("f2"), BFLOAT16)
 
 class Encoding(Protocol):
     kind: ClassVar[str]
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
 
     @property
     def numbers(self) -> int: ...
@@ -87,12 +92,16 @@ class Dense:
 
 @dataclass(frozen=True)
 class Zeros:
-    """A tensor that fell away entirely: a bias that drops out of the model or moved into another."""
+    """A tensor that fell away entirely: a bias that drops out of the model or moved into
+    another."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     kind: ClassVar[str] = "zeros"
-    numbers: ClassVar[int] = 0
+
+    @property
+    def numbers(self) -> int:
+        return 0
 
     def unpack(self, threads: int = 1) -> Array:
         return np.zeros(self.shape, self.dtype)
@@ -108,7 +117,9 @@ class Zeros:
         cls, shape: tuple[int, ...], dtype: np.dtype[Any], params: Mapping[str, Any], parts: Parts
     ) -> Zeros:
         if math.prod(shape) > 1 << 24:
-            raise FormatError("an all-zero tensor of more than 2^24 elements is not written by foldprune")
+            raise FormatError(
+                "an all-zero tensor of more than 2^24 elements is not written by foldprune"
+            )
         return cls(shape, dtype)
 
 
@@ -191,8 +202,9 @@ class Packed:
 class Rows:
     """IRC: per head, fewer rows than the head has, written back as groups of identical ones.
 
-    ``cols`` is None for a bias vector. With ``pivots`` (one column per stored row) each head's rows hold
-    the identity in their pivot columns, which is not stored. ``values`` runs head by head.
+    ``cols`` is None for a bias vector. With ``pivots`` (one column per stored row) each head's
+    rows hold the identity in their pivot columns, which is not stored. ``values`` runs head by
+    head.
     """
 
     heads: int
@@ -274,8 +286,9 @@ class Rows:
 class Planes:
     """The kept 2-planes of every head under rotary position embedding; other planes are zero.
 
-    ``planes`` lists them head by head; None: every head keeps all. ``pairing``: plane p is rows (p, p + head_dim / 2) ("half") or (2p, 2p + 1) ("adjacent"). With
-    ``pivots`` a plane's pivot column is (1, 0), which is not stored.
+    ``planes`` lists them head by head; None: every head keeps all. ``pairing``: plane p is rows
+    (p, p + head_dim / 2) ("half") or (2p, 2p + 1) ("adjacent"). With ``pivots`` a plane's pivot
+    column is (1, 0), which is not stored.
     """
 
     heads: int
@@ -349,7 +362,9 @@ class Planes:
             planes = _part(parts, "planes", np.dtype("i4"), (total,))
             _check_distinct(planes, ranks, head_dim // 2, "planes")
         elif total != heads * (head_dim // 2):
-            raise FormatError("planes: some heads keep only part of their planes, but not told which")
+            raise FormatError(
+                "planes: some heads keep only part of their planes, but not told which"
+            )
         pivots, width = None, 1 if cols is None else cols
         if "pivots" in parts:
             pivots = _part(parts, "pivots", np.dtype("i4"), (total,))
@@ -361,9 +376,9 @@ class Planes:
 
 @dataclass(frozen=True)
 class Diagonal:
-    """DWC: each value head reads the coordinates ``pivots`` of its input (a diagonal up to order); its
-    other columns hold a remainder of rank k: none (0), factors left (rank x k) and right
-    (k x (cols - rank)), or, from k = ``whole`` on, the remainder itself in right."""
+    """DWC: each value head reads the coordinates ``pivots`` of its input (a diagonal up to order);
+    its other columns hold a remainder of rank k: none (0), factors left (rank x k) and right (k x
+    (cols - rank)), or, from k = ``whole`` on, the remainder itself in right."""
 
     heads: int
     head_dim: int
@@ -447,10 +462,10 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Fused:
-    """Several (out x in) matrices in one tensor along the output dimension: one after another, or with
-    ``interleave`` heads, head by head."""
+    """Several (out x in) matrices in one tensor along the output dimension: one after another, or
+    with ``interleave`` heads, head by head."""
 
-    segments: tuple[Any, ...]  # Encodings; typed loosely, as a Protocol with ClassVar cannot nest
+    segments: tuple[Encoding, ...]
     transposed: bool = False
     interleave: int = 0
     kind: ClassVar[str] = "fused"
@@ -463,8 +478,7 @@ class Fused:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        dtype: np.dtype[Any] = self.segments[0].dtype
-        return dtype
+        return self.segments[0].dtype
 
     @property
     def numbers(self) -> int:
@@ -509,7 +523,9 @@ class Fused:
             if not isinstance(segment, dict) or segment.get("kind") == cls.kind:
                 raise FormatError("fused: a segment is a plain encoding")
             rows = _integer(segment, "rows", 0, logical[0])
-            own = {n.partition(".")[2]: p for n, p in parts.items() if n.partition(".")[0] == str(i)}
+            own = {
+                n.partition(".")[2]: p for n, p in parts.items() if n.partition(".")[0] == str(i)
+            }
             segments.append(restore((rows, *logical[1:]), dtype, segment, own))
         interleave = _integer(params, "interleave", 0, logical[0])
         if interleave and any(s.shape[0] != segments[0].shape[0] for s in segments):
@@ -534,21 +550,25 @@ def describe(encoding: Encoding) -> dict[str, Any]:
 
 def restore(
     shape: tuple[int, ...], dtype: np.dtype[Any], described: Mapping[str, Any], parts: Parts
-) -> Any:
-    """The encoding that ``describe`` and ``parts`` came from. FormatError if they contradict each other."""
+) -> Encoding:
+    """The encoding that ``describe`` and ``parts`` came from. FormatError if they contradict each
+    other."""
     kind = described.get("kind")
     if kind not in _KINDS:
         raise FormatError(f"unknown encoding {kind!r}: written by a newer foldprune?")
-    encoding = _KINDS[kind](shape, dtype, described, parts)
+    encoding: Encoding = _KINDS[kind](shape, dtype, described, parts)
     if tuple(encoding.shape) != tuple(shape) or encoding.dtype != dtype:
-        raise FormatError(f"{kind}: stored as {encoding.dtype}{encoding.shape}, expected {dtype}{shape}")
+        raise FormatError(
+            f"{kind}: stored as {encoding.dtype}{encoding.shape}, expected {dtype}{shape}"
+        )
     if unknown := set(parts) - set(encoding.parts()):
         raise FormatError(f"{kind}: unexpected part(s) {sorted(unknown)}")
     return encoding
 
 
 def group_sizes(rank: int, head_dim: int) -> Array:
-    """How many identical rows each of ``rank`` rows becomes: as equal as can be, the first ones larger."""
+    """How many identical rows each of ``rank`` rows becomes: as equal as can be, the first ones
+    larger."""
     sizes = np.full(rank, head_dim // rank)
     sizes[: head_dim % rank] += 1
     return sizes
@@ -576,9 +596,7 @@ def _integer(params: Mapping[str, Any], name: str, least: int, most: int) -> int
     return _in_range(params.get(name), least, most, name)
 
 
-def _head_shape(
-    shape: tuple[int, ...], params: Mapping[str, Any]
-) -> tuple[int, int, int | None]:
+def _head_shape(shape: tuple[int, ...], params: Mapping[str, Any]) -> tuple[int, int, int | None]:
     if len(shape) not in (1, 2) or not shape[0]:
         raise FormatError(f"a tensor of heads has one or two dimensions, not the shape {shape}")
     heads = _integer(params, "heads", 1, shape[0])

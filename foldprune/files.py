@@ -61,7 +61,9 @@ def read_safetensors(path: str) -> tuple[dict[str, Array], dict[str, str]]:
         header = json.loads(stream.read(size))
         data = np.fromfile(stream, np.uint8)
     arrays: dict[str, Array] = {}
-    entries = [(entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__"]
+    entries = [
+        (entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__"
+    ]
     for (begin, end), name in sorted(entries):
         entry = header[name]
         dtype = _DTYPES.get(entry["dtype"])
@@ -106,7 +108,9 @@ def read(path: str) -> Checkpoint:
     config = os.path.join(os.path.dirname(os.path.abspath(weights)), "config.json")
     if os.path.isfile(config):
         checkpoint.config = read_config(config)
-        checkpoint.notes.append(f"configuration read from {os.path.basename(config)} beside the weights")
+        checkpoint.notes.append(
+            f"configuration read from {os.path.basename(config)} beside the weights"
+        )
     return checkpoint
 
 
@@ -118,7 +122,8 @@ def _find_weights(folder: str) -> str:
     if len(files) == 1:
         return os.path.join(folder, files[0])
     raise FileNotFoundError(
-        f"{folder}: expected one of {', '.join(_FOLDER_FILES)} or a single .safetensors file, found "
+        f"{folder}: expected one of {', '.join(_FOLDER_FILES)} or a single .safetensors file, "
+        "found "
         f"{', '.join(files) or 'none'}; pass the file itself"
     )
 
@@ -132,7 +137,8 @@ def _read_file(path: str) -> tuple[Mapping[Any, Any], bool]:
     if path.endswith(_TORCH_SUFFIXES):
         return _read_torch(path), True
     raise FormatError(
-        f"{path}: unknown kind of file; expected .safetensors, {', '.join(_TORCH_SUFFIXES)}, an index "
+        f"{path}: unknown kind of file; expected .safetensors, {', '.join(_TORCH_SUFFIXES)}, an "
+        "index "
         "(.index.json) or a model folder"
     )
 

@@ -52,7 +52,8 @@ def prune(
     threads: int,
     done: Callable[[Target], None] = lambda target: None,
 ) -> dict[str, Pruned]:
-    """Removes ``rate`` of the targets' weights, lowest scores first; exact to one weight (or block).
+    """Removes ``rate`` of the targets' weights, lowest scores first; exact to one weight (or
+    block).
 
     Rows always compete within their own matrix, as rows of different matrices differ in length.
     """
@@ -101,11 +102,13 @@ def _prune_together(
         total = sum(target.matrix.size for target in targets)
         return prune_below(targets, round(rate * total), threads, done)
     blocks = [
-        (granularity.a, granularity.b) if granularity.kind == "block" else (1, target.matrix.shape[1])
+        (granularity.a, granularity.b)
+        if granularity.kind == "block"
+        else (1, target.matrix.shape[1])
         for target in targets
     ]
     grids = [
-        _core.block_scores(target.scored, *block, threads)
+        _core.block_scores(target.scored, block[0], block[1], threads)
         for target, block in zip(targets, blocks, strict=True)
     ]
     count = round(rate * sum(grid.size for grid in grids))
@@ -133,7 +136,8 @@ def _apply(
 def prune_neurons(
     up: Target, down: Target, gate: Target | None, rate: float, threads: int
 ) -> dict[str, Pruned]:
-    """Removes ``rate`` of a feed-forward layer's hidden units: rows of up and gate with columns of down.
+    """Removes ``rate`` of a feed-forward layer's hidden units: rows of up and gate with columns of
+    down.
 
     A unit adds down_i * act(gate_i x) * (up_i x), so its score is the product of the norms.
     """
@@ -150,15 +154,20 @@ def prune_neurons(
 def _norms(target: Target, axis: int, threads: int) -> Array:
     """Root mean square of every row (axis 1) or column (axis 0), float64."""
     rows, cols = target.matrix.shape
-    block = (1, cols) if axis == 1 else (rows, 1)
-    return _core.block_scores(target.scored, *block, threads).ravel().astype(np.float64)
+    block_rows, block_cols = (1, cols) if axis == 1 else (rows, 1)
+    return (
+        _core.block_scores(target.scored, block_rows, block_cols, threads)
+        .ravel()
+        .astype(np.float64)
+    )
 
 
 def _finish(target: Target, mask: Array, block: tuple[int, int], threads: int) -> Pruned:
     matrix = target.matrix
-    elements = mask if block == (1, 1) else _core.mask_blocks(mask, *matrix.shape, *block, threads)
+    rows, cols = matrix.shape
+    elements = mask if block == (1, 1) else _core.mask_blocks(mask, rows, cols, *block, threads)
     values = _core.pack(matrix, elements, threads)
-    packed = Packed((matrix.shape[0], matrix.shape[1]), mask, values, block, target.transposed)
+    packed = Packed((rows, cols), mask, values, block, target.transposed)
     if target.col_scale is None:
         kept = _core.energy((values, 1.0, None), threads)
     else:

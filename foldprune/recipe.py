@@ -41,10 +41,13 @@ class Granularity:
         if match := re.fullmatch(r"(\d+)x(\d+)", text):
             rows, cols = int(match[1]), int(match[2])
             if rows < 1 or cols < 1:
-                raise ValueError(f"fpp_granularity {text!r}: a block has at least one row and column")
+                raise ValueError(
+                    f"fpp_granularity {text!r}: a block has at least one row and column"
+                )
             return cls("block", rows, cols)
         raise ValueError(
-            f"fpp_granularity {text!r}: expected 'weight', 'neuron', 'row', 'n:m' such as '2:4', or "
+            f"fpp_granularity {text!r}: expected 'weight', 'neuron', 'row', 'n:m' such as '2:4', "
+            "or "
             "'rxc' such as '4x1'"
         )
 
@@ -62,14 +65,14 @@ class Recipe:
         Groups pruned: any of "embedding" (word, position and type embeddings, output embedding),
         "feed_forward", "attention_output" and "qkv".
     fpp_granularity
-        What leaves together: "weight" (each on its own); "n:m" (n of every m consecutive inputs stay;
-        ``fpp`` must then be 1 - n/m); "rxc" (blocks of r rows by c columns of the (out x in)
-        matrix); "row" (whole output rows; embeddings: whole tokens); "neuron" (a hidden unit leaves the
-        rows of up and gate and the column of down together; embeddings lose whole rows and attention
-        outputs single weights, as they have no hidden units).
+        What leaves together: "weight" (each on its own); "n:m" (n of every m consecutive inputs
+        stay; ``fpp`` must then be 1 - n/m); "rxc" (blocks of r rows by c columns of the (out x in)
+        matrix); "row" (whole output rows; embeddings: whole tokens); "neuron" (a hidden unit
+        leaves the rows of up and gate and the column of down together; embeddings lose whole rows
+        and attention outputs single weights, as they have no hidden units).
     fpp_scope
-        What competes for one threshold: "global" (all pruned tensors), "tensor", or "row" (each output
-        row; "weight" granularity only).
+        What competes for one threshold: "global" (all pruned tensors), "tensor", or "row" (each
+        output row; "weight" granularity only).
     irc
         Identical row compression of query and key: the rank kept per head (for models with rotary
         position embedding: the number of 2-planes), or "lossless".
@@ -82,8 +85,8 @@ class Recipe:
         ``{"*layer.0.*": {"fpp": None, "irc": 16}}``. Shell-style patterns, or a regular expression
         after "re:"; later ones win. Attention methods look at the query's and value's names.
 
-    Source: the methods are named by Belhaouari & Kraidia, Sci. Rep. 15:10171 (2025); their mathematics
-    here is foldprune's own reading of them.
+    Source: the methods are named by Belhaouari & Kraidia, Sci. Rep. 15:10171 (2025); their
+    mathematics here is foldprune's own reading of them.
     """
 
     fpp: float | None = None

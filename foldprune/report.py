@@ -22,9 +22,10 @@ _TOTALS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor. ``numbers`` and ``stored``: before and after; ``bytes`` and ``stored_bytes`` likewise, masks and
-    indices counted. ``error``: estimated relative squared error of what the tensor takes part in (its
-    output; for a fold the logits or the attention's output of the block), None if not estimated."""
+    """One tensor. ``numbers`` and ``stored``: before and after; ``bytes`` and ``stored_bytes``
+    likewise, masks and indices counted. ``error``: estimated relative squared error of what the
+    tensor takes part in (its output; for a fold the logits or the attention's output of the
+    block), None if not estimated."""
 
     name: str
     group: str
@@ -64,7 +65,8 @@ class Total:
 class Report:
     """Rows per tensor, totals per group, and everything that was assumed or refused (``notes``).
 
-    ``str()`` prints the totals and notes; ``table()`` every tensor too; ``to_dict()`` is plain JSON.
+    ``str()`` prints the totals and notes; ``table()`` every tensor too; ``to_dict()`` is plain
+    JSON.
     """
 
     rows: list[Row]
@@ -75,7 +77,10 @@ class Report:
     @property
     def totals(self) -> dict[str, Total]:
         """By group: "qkv", "qkv with output", "feed_forward", "embedding", "other", "model"."""
-        return {name: _sum(r for r in self.rows if r.group in groups) for name, groups in _TOTALS.items()}
+        return {
+            name: _sum(r for r in self.rows if r.group in groups)
+            for name, groups in _TOTALS.items()
+        }
 
     @property
     def removed(self) -> float:
@@ -93,7 +98,9 @@ class Report:
             name: {**asdict(total), "removed": total.removed, "bytes_removed": total.bytes_removed}
             for name, total in self.totals.items()
         }
-        rows = [{**asdict(row), "shape": list(row.shape), "removed": row.removed} for row in self.rows]
+        rows = [
+            {**asdict(row), "shape": list(row.shape), "removed": row.removed} for row in self.rows
+        ]
         return {
             "schema": self.schema,
             "heads": self.heads,
@@ -153,7 +160,8 @@ class Report:
         facts = []
         if self.heads:
             facts.append(
-                f"architecture {self.schema}, {self.heads['heads']} heads of {self.heads['head_dim']}, "
+                f"architecture {self.schema}, {self.heads['heads']} heads of "
+                f"{self.heads['head_dim']}, "
                 f"{self.heads['key_heads']} key heads (from: {self.heads['source']})"
             )
         return facts + self.notes
@@ -169,7 +177,8 @@ class Report:
         facts = "".join(f"<li>{html.escape(fact)}</li>" for fact in self._facts())
         return (
             f"{_html(self._total_lines())}<ul>{facts}</ul>"
-            f"<details><summary>{len(self.rows)} tensors</summary>{_html(self._row_lines())}</details>"
+            f"<details><summary>{len(self.rows)} "
+            f"tensors</summary>{_html(self._row_lines())}</details>"
         )
 
 
@@ -199,6 +208,7 @@ def _html(lines: list[tuple[str, ...]]) -> str:
     head, *body = lines
     header = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in body
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
+        for line in body
     )
     return f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"

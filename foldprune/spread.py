@@ -1,12 +1,14 @@
-"""One rate over all methods: remove first what costs least estimated relative output error per number.
+"""One rate over all methods: remove first what costs least estimated relative output error per
+number.
 
-Folds come in steps (one rank of one head), each block's and head's steps taken along the lower convex
-hull of its cost, so that their price per number only rises. Single weights fill the rest exactly: the price
-of weight w of matrix W is w^2 / ||W||^2.
+Folds come in steps (one rank of one head), each block's and head's steps taken along the lower
+convex hull of its cost, so that their price per number only rises. Single weights fill the rest
+exactly: the price of weight w of matrix W is w^2 / ||W||^2.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,8 +25,8 @@ TOLERANCE = 0.005  # how far the reached rate may be from the asked one
 
 @dataclass
 class Option:
-    """A fold that may be used: its curve, and the choice that ``choose`` makes: ``ranks`` per key head, None while
-    the block stays dense."""
+    """A fold that may be used: its curve, and the choice that ``choose`` makes: ``ranks`` per key
+    head, None while the block stays dense."""
 
     curve: Curve
     least: int  # smallest rank allowed
@@ -57,8 +59,9 @@ def choose(
 ) -> Choice:
     """Settles every option's ranks and the number of weights to prune.
 
-    ``total`` is the model's count of numbers, ``weights`` how many of them FPP may remove, ``histogram``
-    their scores by ``_core.histogram``. Raises RateError if the rate cannot be reached.
+    ``total`` is the model's count of numbers, ``weights`` how many of them FPP may remove,
+    ``histogram`` their scores by ``_core.histogram``. Raises RateError if the rate cannot be
+    reached.
     """
     steps = [step for option in options for step in _steps(option)]
     steps.sort(key=lambda step: step.price)  # stable: ties stay in the model's order
@@ -67,7 +70,8 @@ def choose(
     most = int(sizes.sum()) + weights
     if target > most + TOLERANCE * total:
         raise RateError(
-            f"rate {rate:g} cannot be reached: the largest possible is {most / total:.4f} (the rest are "
+            f"rate {rate:g} cannot be reached: the largest possible is {most / total:.4f} (the "
+            "rest are "
             "tensors that no method is used on)"
         )
     target = min(target, most)
@@ -85,7 +89,9 @@ def choose(
     taken = int(np.searchsorted(removed + cheaper, target, side="right")) - 1
     while taken < len(steps) and target - removed[taken] > weights:
         taken += 1  # weights alone cannot fill the rest
-    if removed[taken] > target:  # a large step: stay below it if the tolerance allows, else overshoot
+    if (
+        removed[taken] > target
+    ):  # a large step: stay below it if the tolerance allows, else overshoot
         below = target - removed[taken - 1] - weights
         if below <= removed[taken] - target:
             taken -= 1
@@ -93,7 +99,8 @@ def choose(
     reached = int(removed[taken]) + pruned
     if abs(reached - rate * total) > TOLERANCE * total:
         raise RateError(
-            f"rate {rate:g} cannot be met within {TOLERANCE:.1%}: the nearest that the folds' steps "
+            f"rate {rate:g} cannot be met within {TOLERANCE:.1%}: the nearest that the folds' "
+            "steps "
             f"allow is {reached / total:.4f}; the largest possible is {most / total:.4f}"
         )
     _take(steps[:taken])
@@ -111,13 +118,15 @@ def _steps(option: Option) -> list[_Step]:
         removed = start_each - stored[option.least :][::-1].astype(np.float64)
         points = [(0.0, 0.0, len(stored) - 1)]
         ranks = range(len(stored) - 1, option.least - 1, -1)
-        for x, y, rank in zip(removed.tolist(), error[option.least :][::-1].tolist(), ranks, strict=True):
+        for x, y, rank in zip(
+            removed.tolist(), error[option.least :][::-1].tolist(), ranks, strict=True
+        ):
             if x <= points[-1][0]:
                 continue
             while len(points) > 1 and _above(points[-2], points[-1], (x, y)):
                 points.pop()
             points.append((x, y, rank))
-        for before, after in zip(points, points[1:], strict=False):
+        for before, after in itertools.pairwise(points):
             size = int(after[0] - before[0])
             steps.append(_Step((after[1] - before[1]) / size, size, option, group, after[2]))
     return steps
@@ -142,7 +151,8 @@ def _take(steps: Sequence[_Step]) -> None:
 
 
 def _count_below(prices: Sequence[float], histogram: Array) -> Array:
-    """How many weights have a squared score below each price, to the resolution of the histogram."""
+    """How many weights have a squared score below each price, to the resolution of the
+    histogram."""
     counts = np.concatenate([[0], np.cumsum(histogram)])
     bits = np.sqrt(np.maximum(prices, 0)).astype(np.float32).view(np.uint32)
     below: Array = counts[np.minimum(bits >> 16, len(histogram))]

@@ -1,4 +1,5 @@
-"""Whatever the caller has, as an ordered mapping of names to NumPy arrays. Never imports torch itself."""
+"""Whatever the caller has, as an ordered mapping of names to NumPy arrays. Never imports torch
+itself."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ __all__ = ["Checkpoint", "is_weight_dtype", "read"]
 
 @dataclass
 class Checkpoint:
-    """Arrays by name in the caller's order; a name that shares its storage with an earlier one is in ``tied``
-    instead. ``framework`` is "torch", "numpy", or None for a file."""
+    """Arrays by name in the caller's order; a name that shares its storage with an earlier one is
+    in ``tied`` instead. ``framework`` is "torch", "numpy", or None for a file."""
 
     arrays: dict[str, Array]
     tied: dict[str, str]

@@ -18,16 +18,16 @@ from .schemas.layout import AttentionBlock, Layout, find_layout
 __all__ = ["BlockCheck", "TensorCheck", "Verification", "verify"]
 
 _TOKENS = 64
-# relative error that rounding to a dtype explains: about a hundred units in the last place, which is what sums over
-# a few thousand inputs collect
+# relative error that rounding to a dtype explains: about a hundred units in the last place, which
+# is what sums over a few thousand inputs collect
 _ROUNDING = {"float64": 1e-12, "float32": 1e-5, "float16": 0.05, "bfloat16": 0.3}
 
 
 @dataclass(frozen=True)
 class BlockCheck:
-    """One attention block on random inputs. ``logit_error``: largest absolute error of a logit (up to the constant per
-    row that softmax does not see); ``logit_scale``: largest logit; ``output_error``: relative error of the attention's
-    output under random attention weights."""
+    """One attention block on random inputs. ``logit_error``: largest absolute error of a logit (up
+    to the constant per row that softmax does not see); ``logit_scale``: largest logit;
+    ``output_error``: relative error of the attention's output under random attention weights."""
 
     name: str
     logit_error: float
@@ -41,9 +41,9 @@ class BlockCheck:
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """One tensor. ``error`` is ||W - W'|| / ||W||; where a fold replaced W by an equivalent, the error of what it is
-    equivalent in: the block's logits (IRC) or outputs (DWC). ``lossless``: None if that was not promised, else
-    whether the promise holds."""
+    """One tensor. ``error`` is ||W - W'|| / ||W||; where a fold replaced W by an equivalent, the
+    error of what it is equivalent in: the block's logits (IRC) or outputs (DWC). ``lossless``:
+    None if that was not promised, else whether the promise holds."""
 
     name: str
     method: str
@@ -53,7 +53,8 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """``lossless``: whether everything that was called lossless, or left dense, is. Truth value: the same."""
+    """``lossless``: whether everything that was called lossless, or left dense, is. Truth value:
+    the same."""
 
     blocks: tuple[BlockCheck, ...]
     tensors: tuple[TensorCheck, ...]
@@ -80,15 +81,22 @@ class Verification:
         promised = [check for check in self.tensors if check.lossless is not None]
         worst = max(self.tensors, key=lambda check: check.error, default=None)
         lines = [
-            f"{len(promised) - len(self.failures)} of {len(promised)} tensors that were promised to be "
+            f"{len(promised) - len(self.failures)} of {len(promised)} tensors that were promised "
+            "to be "
             f"lossless are; {len(self.tensors) - len(promised)} others changed"
         ]
-        lines += [f"  NOT lossless: {check.name} ({check.method}), {check.error:.3g}" for check in self.failures]
+        lines += [
+            f"  NOT lossless: {check.name} ({check.method}), {check.error:.3g}"
+            for check in self.failures
+        ]
         if worst is not None:
-            lines.append(f"largest relative error: {worst.error:.3g} in {worst.name} ({worst.method})")
+            lines.append(
+                f"largest relative error: {worst.error:.3g} in {worst.name} ({worst.method})"
+            )
         for block in self.blocks:
             lines.append(
-                f"  {block.name}: logits off by at most {block.logit_error:.3g} of {block.logit_scale:.3g}, output "
+                f"  {block.name}: logits off by at most {block.logit_error:.3g} of "
+                f"{block.logit_scale:.3g}, output "
                 f"by {block.output_error:.3g} (relative)"
             )
         return "\n".join(lines)
@@ -134,13 +142,16 @@ def _check_same(checkpoint: tensors.Checkpoint, compressed: Compressed) -> None:
     extra = [name for name in compressed if name not in set(checkpoint.names)]
     if missing or extra:
         raise TensorError(
-            f"not the same model: {missing[:5]} only in the original, {extra[:5]} only in the compressed one"
+            f"not the same model: {missing[:5]} only in the original, {extra[:5]} only in the "
+            "compressed one"
         )
     for row in compressed.report.rows:
         name = row.name
         shape = checkpoint.arrays[checkpoint.tied.get(name, name)].shape
         if shape != row.shape:
-            raise TensorError(f"{name!r}: {shape} in the original, {row.shape} in the compressed one")
+            raise TensorError(
+                f"{name!r}: {shape} in the original, {row.shape} in the compressed one"
+            )
 
 
 def _layout(checkpoint: tensors.Checkpoint, compressed: Compressed) -> Layout | None:
@@ -177,7 +188,8 @@ def _check_tensor(
         return TensorCheck(name, method, error, None)
     parts = method.split(" + ")
     seen = [
-        block.relative_logit_error if part.startswith("IRC") else block.output_error for part in parts
+        block.relative_logit_error if part.startswith("IRC") else block.output_error
+        for part in parts
     ]
     promised = all(part.endswith("lossless") for part in parts)
     worst = max(seen)
@@ -203,9 +215,7 @@ def _check_block(
     )
 
 
-def _project(
-    block: AttentionBlock, arrays: Mapping[str, Array], role: str, x: Array
-) -> Array:
+def _project(block: AttentionBlock, arrays: Mapping[str, Array], role: str, x: Array) -> Array:
     """x W^T + b by heads: (heads or groups, tokens, head_dim)."""
     matrix = getattr(block, role)
     y = x @ matrix.view(arrays[matrix.weight], block.heads).astype(np.float64).T

@@ -35,7 +35,8 @@ BERT = Schema(
         Forbidden(
             r"attention\.self\.distance_embedding\.weight",
             ("irc",),
-            "relative position embeddings meet the query and key themselves, not only their product",
+            "relative position embeddings meet the query and key themselves, not only their "
+            "product",
         ),
     ),
 )

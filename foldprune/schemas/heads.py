@@ -6,8 +6,8 @@ __all__ = ["ASSUMED_HEAD_DIM", "known_head_dim"]
 
 ASSUMED_HEAD_DIM = 64
 
-# (family, hidden size, query rows, key rows, feed-forward size) -> head size. Only shapes whose public models
-# all agree stand here.
+# (family, hidden size, query rows, key rows, feed-forward size) -> head size. Only shapes whose
+# public models all agree stand here.
 _KNOWN = {
     # MiniLM-L6/L12-H384 and the sentence encoders built on them
     ("bert", 384, 384, 384, 1536): 32,

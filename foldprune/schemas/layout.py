@@ -13,12 +13,20 @@ from ..errors import HeadSizeWarning, ModelError, TensorError, UnmatchedTensorWa
 from .heads import ASSUMED_HEAD_DIM, known_head_dim
 from .schema import Schema, Slot
 
-__all__ = ["AttentionBlock", "FeedForwardBlock", "Layout", "Matrix", "find_layout", "generic_layout"]
+__all__ = [
+    "AttentionBlock",
+    "FeedForwardBlock",
+    "Layout",
+    "Matrix",
+    "find_layout",
+    "generic_layout",
+]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A logical (out x in) matrix: rows [begin, end) of the tensor ``weight`` after transposition."""
+    """A logical (out x in) matrix: rows [begin, end) of the tensor ``weight`` after
+    transposition."""
 
     slot: Slot
     weight: str
@@ -32,8 +40,8 @@ class Matrix:
         return self.end - self.begin
 
     def view(self, array: Array, heads: int) -> Array:
-        """The (out x in) matrix in the whole tensor's array: a view, or a copy if it is interleaved.
-        ``heads`` is the number of heads that interleaved parts alternate by."""
+        """The (out x in) matrix in the whole tensor's array: a view, or a copy if it is
+        interleaved. ``heads`` is the number of heads that interleaved parts alternate by."""
         return self._part(array.T if self.slot.transposed else array, heads)
 
     def bias_view(self, array: Array, heads: int) -> Array:
@@ -80,7 +88,8 @@ class FeedForwardBlock:
 @dataclass
 class Layout:
     """What every tensor of a state dict is. ``groups``: name to "embedding", "feed_forward",
-    "attention_output", "qkv" or "other"; ``matrices``: name to orientation for those with weights."""
+    "attention_output", "qkv" or "other"; ``matrices``: name to orientation for those with
+    weights."""
 
     schema: str | None
     attentions: list[AttentionBlock]
@@ -151,7 +160,8 @@ def _choose(
         raise ModelError(
             "unknown model: these tensors fit no schema: "
             f"{_listed(arrays)}. Known are {known}. Register one with "
-            "foldprune.schemas.register(Schema(...)), pass config={'model_type': ...} if the family is "
+            "foldprune.schemas.register(Schema(...)), pass config={'model_type': ...} if the "
+            "family is "
             "known, or prune alone with recipe=Recipe(fpp=...)"
         )
     return schema
@@ -181,8 +191,8 @@ class _Finder:
         return slots
 
     def slots_found(self) -> int:
-        """How many of the schema's weights and required tensors there are; 0 without all required ones
-        in at least one block."""
+        """How many of the schema's weights and required tensors there are; 0 without all required
+        ones in at least one block."""
         weights = [f"{slot.name}.weight" for slot in self.slots().values()]
         found = 0
         for names in self.blocks.values():
@@ -203,8 +213,10 @@ class _Finder:
             unknown += self._find_block(layout, prefix, names)
         if unknown:
             raise ModelError(
-                f"tensors inside the blocks that the schema {self.schema.name!r} does not know, so their "
-                f"effect on the folds is unknown: {_listed(unknown)}. Register a schema that names them "
+                f"tensors inside the blocks that the schema {self.schema.name!r} does not know, "
+                "so their "
+                f"effect on the folds is unknown: {_listed(unknown)}. Register a schema that "
+                "names them "
                 "(foldprune.schemas.register), or prune alone with recipe=Recipe(fpp=...)"
             )
         self._find_norms(layout)
@@ -280,7 +292,8 @@ class _Finder:
         weight, bias = f"{slot.name}.weight", f"{slot.name}.bias"
         if weight not in names:
             raise ModelError(
-                f"{prefix}{weight} ({role}) is missing; the block has {_listed(sorted(names))}. A fold "
+                f"{prefix}{weight} ({role}) is missing; the block has {_listed(sorted(names))}. A "
+                "fold "
                 "needs query, key, value and output together"
             )
         array = self.arrays[prefix + weight]
@@ -288,7 +301,9 @@ class _Finder:
             raise TensorError(f"{prefix + weight!r}: expected two dimensions, got {array.shape}")
         rows, cols = array.shape[::-1] if slot.transposed else array.shape
         if rows % slot.parts:
-            raise TensorError(f"{prefix + weight!r}: {rows} outputs do not divide into {slot.parts} parts")
+            raise TensorError(
+                f"{prefix + weight!r}: {rows} outputs do not divide into {slot.parts} parts"
+            )
         size = rows // slot.parts
         if bias in names and self.arrays[prefix + bias].shape != (rows,):
             raise TensorError(
@@ -312,7 +327,8 @@ class _Finder:
         if k.rows != v.rows or q.cols != k.cols or q.cols != v.cols:
             raise TensorError(
                 f"{block.name}: query {q.rows}x{q.cols}, key {k.rows}x{k.cols} and value "
-                f"{v.rows}x{v.cols} ({q.weight!r}, {k.weight!r}, {v.weight!r}) do not fit each other"
+                f"{v.rows}x{v.cols} ({q.weight!r}, {k.weight!r}, {v.weight!r}) do not fit each "
+                "other"
             )
         if o.cols != q.rows:
             raise TensorError(
@@ -324,7 +340,8 @@ class _Finder:
         up, down, gate = block.up, block.down, block.gate
         if down.cols != up.rows or (gate and (gate.rows, gate.cols) != (up.rows, up.cols)):
             raise TensorError(
-                f"{block.name}: the shapes of {up.weight!r} ({up.rows}x{up.cols}) and {down.weight!r} "
+                f"{block.name}: the shapes of {up.weight!r} ({up.rows}x{up.cols}) and "
+                f"{down.weight!r} "
                 f"({down.rows}x{down.cols}){' and the gate' if gate else ''} do not fit each other"
             )
 
@@ -391,7 +408,8 @@ def _set_heads(
             head_dim = rows // num_heads
             if source == "config" and config.get("head_dim") not in (None, head_dim):
                 raise ModelError(
-                    f"{block.query.weight!r}: {rows} rows are not num_attention_heads={num_heads} times "
+                    f"{block.query.weight!r}: {rows} rows are not num_attention_heads={num_heads} "
+                    "times "
                     f"head_dim={config['head_dim']} of the configuration"
                 )
         else:
@@ -401,9 +419,14 @@ def _set_heads(
                 continue
             head_dim = table or ASSUMED_HEAD_DIM
             source = source or ("table of known shapes" if table else "assumed")
-        if rows % head_dim or key_rows % head_dim or (rows // head_dim) % (key_rows // head_dim or 1):
+        if (
+            rows % head_dim
+            or key_rows % head_dim
+            or (rows // head_dim) % (key_rows // head_dim or 1)
+        ):
             raise ModelError(
-                f"{block.key.weight!r}: {rows} query rows and {key_rows} key rows do not divide into heads "
+                f"{block.key.weight!r}: {rows} query rows and {key_rows} key rows do not divide "
+                "into heads "
                 f"of {head_dim}; pass num_heads= or config="
             )
         block.heads, block.groups = rows // head_dim, key_rows // head_dim
@@ -412,7 +435,8 @@ def _set_heads(
         expected = config.get("num_key_value_heads")
         if source == "config" and expected not in (None, block.groups):
             raise ModelError(
-                f"{block.key.weight!r}: {key_rows} rows are {block.groups} key heads of {head_dim}, the "
+                f"{block.key.weight!r}: {key_rows} rows are {block.groups} key heads of "
+                f"{head_dim}, the "
                 f"configuration says num_key_value_heads={expected}"
             )
         if block.rope and head_dim % 2:
@@ -420,8 +444,10 @@ def _set_heads(
     layout.head_source = source
     if source == "assumed":
         message = (
-            f"head size {ASSUMED_HEAD_DIM} is assumed: this state dict comes without a configuration and "
-            "its shape is not a known one. Pass num_heads=... or config=... (a dict, a config.json or a "
+            f"head size {ASSUMED_HEAD_DIM} is assumed: this state dict comes without a "
+            "configuration and "
+            "its shape is not a known one. Pass num_heads=... or config=... (a dict, a "
+            "config.json or a "
             "folder) if that is wrong; folds are wrong with the wrong head size"
         )
         layout.notes.append(message)

@@ -23,7 +23,12 @@ LLAMA = Schema(
         r"self_attn\.rotary_emb\.inv_freq",
     ),
     embeddings=(r"embed_tokens\.weight", r"lm_head\.weight"),
-    dense=(r"norm\.weight", r"rotary_emb\.(original_)?inv_freq", r"score\.weight", r"classifier\..*"),
+    dense=(
+        r"norm\.weight",
+        r"rotary_emb\.(original_)?inv_freq",
+        r"score\.weight",
+        r"classifier\..*",
+    ),
     forbidden=(
         Forbidden(
             r"self_attn\.[qk]_norm\.weight",

@@ -1,7 +1,7 @@
 """How an architecture names and lays out its tensors: data only.
 
-A model is a series of blocks (``encoder.layer.0.``), each with named tensors; everything about a family
-stands in one ``Schema``. ``layout.py`` finds these in a state dict.
+A model is a series of blocks (``encoder.layer.0.``), each with named tensors; everything about a
+family stands in one ``Schema``. ``layout.py`` finds these in a state dict.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ __all__ = ["Attention", "FeedForward", "Forbidden", "Schema", "Slot"]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one logical (out x in) matrix and its bias live: ``<block><name>.weight`` and ``.bias``.
+    """Where one logical (out x in) matrix and its bias live: ``<block><name>.weight`` and
+    ``.bias``.
 
     ``part`` of ``parts``: several matrices fused along the output dimension, one after another, or
     head by head if ``interleaved``. ``transposed``: stored (in x out).
@@ -30,13 +31,14 @@ class Slot:
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention of a block. ``rope`` says which rows of a head rotate together: "half" (row i with
-    i + head_dim / 2), "adjacent" (2i with 2i + 1), or None. ``scaled``: logits are divided by
+    """Self-attention of a block. ``rope`` says which rows of a head rotate together: "half" (row i
+    with i + head_dim / 2), "adjacent" (2i with 2i + 1), or None. ``scaled``: logits are divided by
     sqrt(head_dim).
 
-    The normalisation whose output the block's projections read, without ".weight": ``norm`` in the block
-    itself (pre-norm models), or ``norm_before`` in the block before and, for the first one, ``norm_first``
-    outside the blocks (post-norm). Its gain says how large each input is; None: unknown.
+    The normalisation whose output the block's projections read, without ".weight": ``norm`` in the
+    block itself (pre-norm models), or ``norm_before`` in the block before and, for the first one,
+    ``norm_first`` outside the blocks (post-norm). Its gain says how large each input is; None:
+    unknown.
     """
 
     query: Slot
@@ -61,8 +63,8 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Forbidden:
-    """If a block has a tensor that fits ``pattern`` (a regular expression), ``methods`` ("irc", "dwc") are
-    mathematically invalid there."""
+    """If a block has a tensor that fits ``pattern`` (a regular expression), ``methods`` ("irc",
+    "dwc") are mathematically invalid there."""
 
     pattern: str
     methods: tuple[str, ...]
@@ -84,12 +86,13 @@ class Schema:
     requires
         Tensors (relative to the block) whose presence sets the family apart from look-alikes.
     block_dense, dense
-        Regular expressions of tensors that are known and stay dense: inside a block (relative to it), and
-        elsewhere.
+        Regular expressions of tensors that are known and stay dense: inside a block (relative to
+        it), and elsewhere.
     embeddings
         Regular expressions of embedding tensors outside the blocks.
     refuses
-        Configuration values that make methods invalid: key to (value that is fine, methods, reason).
+        Configuration values that make methods invalid: key to (value that is fine, methods,
+        reason).
     """
 
     name: str
