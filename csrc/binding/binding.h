@@ -27,13 +27,12 @@ PyObject *raise_status(fp_status status);
 /* 0, or -1 with TypeError set. */
 int dtype_of(PyObject *module, PyArrayObject *array, fp_dtype *dtype);
 
-/* A contiguous, aligned array of native byte order with one of the four dtypes, or (elements of 2, 4 or 8
- * bytes) of any dtype. Borrowed; NULL with an exception set. */
+/* A contiguous, aligned array of native byte order with one of the four dtypes, or (elements of 2,
+ * 4 or 8 bytes) of any dtype. Borrowed; NULL with an exception set. */
 PyArrayObject *contiguous(PyObject *object, const char *what);
 
 /* 1-D contiguous array of one NumPy type. None gives NULL without an exception if allow_none. */
-int typed_vector(PyObject *object, int type, const char *what, int allow_none,
-                 PyArrayObject **out);
+int typed_vector(PyObject *object, int type, const char *what, int allow_none, PyArrayObject **out);
 
 /* (x, scale, col_scale or None) as a scored matrix; borrows from the tuple. */
 int scored_from(PyObject *module, PyObject *tuple, fp_scored *out);

@@ -12,8 +12,8 @@ static int heads_from(PyObject *module, PyObject *tuple, fp_heads *h)
         PyErr_SetString(PyExc_TypeError, "expected a tuple of heads");
         return -1;
     }
-    if (!PyArg_ParseTuple(tuple, "OOOOnn|OO", &left, &left_bias, &right, &right_extra, &heads, &groups,
-                          &left_scale, &right_scale))
+    if (!PyArg_ParseTuple(tuple, "OOOOnn|OO", &left, &left_bias, &right, &right_extra, &heads,
+                          &groups, &left_scale, &right_scale))
         return -1;
     if (matrix_from(module, left, "left", 0, 0, &h->left) ||
         matrix_from(module, left_bias, "left_bias", 1, 1, &h->left_bias) ||
@@ -116,16 +116,17 @@ static PyObject *call_end(call *c, fp_status status, PyArrayObject *first, PyArr
     if (status)
         raise_status(status);
     else if (!first)
-        result = Py_BuildValue("OOOOOO", c->left, c->right, c->pivots ? (PyObject *)c->pivots : none,
-                               c->ranks, c->error, c->energy);
+        result =
+            Py_BuildValue("OOOOOO", c->left, c->right, c->pivots ? (PyObject *)c->pivots : none,
+                          c->ranks, c->error, c->energy);
     else if (!second)
-        result = Py_BuildValue("OOOOOOO", c->left, c->right,
-                               c->pivots ? (PyObject *)c->pivots : none, c->ranks, c->error,
-                               c->energy, first);
+        result =
+            Py_BuildValue("OOOOOOO", c->left, c->right, c->pivots ? (PyObject *)c->pivots : none,
+                          c->ranks, c->error, c->energy, first);
     else
-        result = Py_BuildValue("OOOOOOOO", c->left, c->right,
-                               c->pivots ? (PyObject *)c->pivots : none, c->ranks, c->error,
-                               c->energy, first, second);
+        result =
+            Py_BuildValue("OOOOOOOO", c->left, c->right, c->pivots ? (PyObject *)c->pivots : none,
+                          c->ranks, c->error, c->energy, first, second);
     call_clear(c);
     return result;
 }
@@ -167,10 +168,10 @@ PyObject *py_irc_spectrum(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     PyArrayObject *squared = new_array(NPY_DOUBLE, 2, c.h.groups, c.h.head_dim, 0, 0);
     if (squared) {
-        Py_BEGIN_ALLOW_THREADS
-        status = fp_irc_spectrum(&c.h, PyArray_DATA(squared), threads, c.work, c.work_bytes);
-        Py_END_ALLOW_THREADS
-        if (status) {
+        Py_BEGIN_ALLOW_THREADS status =
+            fp_irc_spectrum(&c.h, PyArray_DATA(squared), threads, c.work, c.work_bytes);
+        Py_END_ALLOW_THREADS if (status)
+        {
             Py_CLEAR(squared);
             raise_status(status);
         }
@@ -195,10 +196,9 @@ PyObject *py_irc(PyObject *module, PyObject *args, PyObject *kwargs)
         call_clear(&c);
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS
-    status = fp_irc_apply(&c.h, ranks, &c.out, threads, c.work, c.work_bytes);
-    Py_END_ALLOW_THREADS
-    return call_end(&c, status, NULL, NULL);
+    Py_BEGIN_ALLOW_THREADS status =
+        fp_irc_apply(&c.h, ranks, &c.out, threads, c.work, c.work_bytes);
+    Py_END_ALLOW_THREADS return call_end(&c, status, NULL, NULL);
 }
 
 PyObject *py_dwc_spectrum(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -216,11 +216,10 @@ PyObject *py_dwc_spectrum(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *energy = new_array(NPY_DOUBLE, 1, c.h.groups, 0, 0, 0);
     PyObject *result = NULL;
     if (squared && energy) {
-        Py_BEGIN_ALLOW_THREADS
-        status = fp_dwc_spectrum(&c.h, PyArray_DATA(squared), PyArray_DATA(energy), threads, c.work,
-                                 c.work_bytes);
-        Py_END_ALLOW_THREADS
-        result = status ? raise_status(status) : Py_BuildValue("OO", squared, energy);
+        Py_BEGIN_ALLOW_THREADS status = fp_dwc_spectrum(
+            &c.h, PyArray_DATA(squared), PyArray_DATA(energy), threads, c.work, c.work_bytes);
+        Py_END_ALLOW_THREADS result =
+            status ? raise_status(status) : Py_BuildValue("OO", squared, energy);
     }
     Py_XDECREF(squared);
     Py_XDECREF(energy);
@@ -244,17 +243,15 @@ PyObject *py_dwc_select(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     if (typed_vector(columns_object, NPY_INT32, "columns", 1, &columns))
         goto fail;
-    if (count < 1 ||
-        (columns && (size_t)PyArray_SIZE(columns) != c.h.groups * (size_t)count)) {
+    if (count < 1 || (columns && (size_t)PyArray_SIZE(columns) != c.h.groups * (size_t)count)) {
         raise_status(FP_ERR_SHAPE);
         goto fail;
     }
     if (call_outputs(&c, (size_t)count, 1, 1))
         goto fail;
-    Py_BEGIN_ALLOW_THREADS
-    status = fp_dwc_select(&c.h, DATA(columns), &c.out, threads, c.work, c.work_bytes);
-    Py_END_ALLOW_THREADS
-    return call_end(&c, status, NULL, NULL);
+    Py_BEGIN_ALLOW_THREADS status =
+        fp_dwc_select(&c.h, DATA(columns), &c.out, threads, c.work, c.work_bytes);
+    Py_END_ALLOW_THREADS return call_end(&c, status, NULL, NULL);
 fail:
     call_clear(&c);
     return NULL;
@@ -278,11 +275,9 @@ PyObject *py_dwc_remainder(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *a = new_array(NPY_DOUBLE, 3, c.h.groups, c.h.head_dim, c.h.head_dim, 0);
     PyArrayObject *b = new_array(NPY_DOUBLE, 3, c.h.groups, c.h.head_dim, c.h.right.cols, 0);
     if (a && b) {
-        Py_BEGIN_ALLOW_THREADS
-        status = fp_dwc_remainder(&c.h, ranks, &c.out, PyArray_DATA(a), PyArray_DATA(b), threads,
-                                  c.work, c.work_bytes);
-        Py_END_ALLOW_THREADS
-        result = call_end(&c, status, a, b);
+        Py_BEGIN_ALLOW_THREADS status = fp_dwc_remainder(
+            &c.h, ranks, &c.out, PyArray_DATA(a), PyArray_DATA(b), threads, c.work, c.work_bytes);
+        Py_END_ALLOW_THREADS result = call_end(&c, status, a, b);
     } else {
         call_clear(&c);
     }
@@ -305,11 +300,10 @@ PyObject *py_rope_scores(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *scores = new_array(NPY_DOUBLE, 2, h.groups, h.head_dim / 2, 0, 0);
     if (!scores)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    status = fp_rope_scores(&h, adjacent ? FP_ROPE_ADJACENT : FP_ROPE_HALF, PyArray_DATA(scores),
-                            threads);
-    Py_END_ALLOW_THREADS
-    if (status) {
+    Py_BEGIN_ALLOW_THREADS status = fp_rope_scores(&h, adjacent ? FP_ROPE_ADJACENT : FP_ROPE_HALF,
+                                                   PyArray_DATA(scores), threads);
+    Py_END_ALLOW_THREADS if (status)
+    {
         Py_DECREF(scores);
         return raise_status(status);
     }
@@ -341,11 +335,10 @@ PyObject *py_rope(PyObject *module, PyObject *args, PyObject *kwargs)
     if (call_outputs(&c, capacity, 2, gauge) ||
         !(planes = new_array(NPY_INT32, 2, c.h.groups, capacity, 0, 0)))
         goto fail;
-    Py_BEGIN_ALLOW_THREADS
-    status = fp_rope_apply(&c.h, adjacent ? FP_ROPE_ADJACENT : FP_ROPE_HALF, PyArray_DATA(scores),
-                           ranks, PyArray_DATA(planes), &c.out, threads);
-    Py_END_ALLOW_THREADS
-    result = call_end(&c, status, planes, NULL);
+    Py_BEGIN_ALLOW_THREADS status =
+        fp_rope_apply(&c.h, adjacent ? FP_ROPE_ADJACENT : FP_ROPE_HALF, PyArray_DATA(scores), ranks,
+                      PyArray_DATA(planes), &c.out, threads);
+    Py_END_ALLOW_THREADS result = call_end(&c, status, planes, NULL);
     Py_DECREF(planes);
     return result;
 fail:

@@ -72,8 +72,9 @@ static int module_exec(PyObject *module)
         return -1;
     state->kernels = fp_kernels_default();
     if (!state->kernels) {
-        PyErr_SetString(PyExc_ImportError, "FOLDPRUNE_ISA names a kernel variant that this build or "
-                                           "processor lacks; unset it to use the best one");
+        PyErr_SetString(PyExc_ImportError,
+                        "FOLDPRUNE_ISA names a kernel variant that this build or "
+                        "processor lacks; unset it to use the best one");
         return -1;
     }
     fp_blas_set_threads(1);

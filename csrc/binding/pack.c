@@ -54,16 +54,15 @@ PyObject *py_pack(PyObject *module, PyObject *args, PyObject *kwargs)
     npy_intp shape = (npy_intp)kept;
     PyArray_Descr *descr = PyArray_DESCR(array);
     Py_INCREF(descr); /* PyArray_NewFromDescr takes it */
-    PyArrayObject *values = (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, 1, &shape,
-                                                                  NULL, NULL, 0, NULL);
+    PyArrayObject *values =
+        (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, 1, &shape, NULL, NULL, 0, NULL);
     if (!values)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    status = fp_pack(kernels, PyArray_DATA(array), (size_t)PyArray_ITEMSIZE(array),
-                     (size_t)PyArray_SIZE(array), PyArray_DATA(mask), PyArray_DATA(values), kept,
-                     threads);
-    Py_END_ALLOW_THREADS
-    if (status) {
+    Py_BEGIN_ALLOW_THREADS status = fp_pack(
+        kernels, PyArray_DATA(array), (size_t)PyArray_ITEMSIZE(array), (size_t)PyArray_SIZE(array),
+        PyArray_DATA(mask), PyArray_DATA(values), kept, threads);
+    Py_END_ALLOW_THREADS if (status)
+    {
         Py_DECREF(values);
         return raise_status(status);
     }
@@ -86,7 +85,8 @@ PyObject *py_unpack(PyObject *module, PyObject *args, PyObject *kwargs)
     if (!kernels || !(values = contiguous(object, "values")) || dtype_of(module, values, &dtype))
         goto done;
     for (int i = 0; i < shape.len; i++) {
-        if (shape.ptr[i] < 0 || (shape.ptr[i] && n > (size_t)PY_SSIZE_T_MAX / (size_t)shape.ptr[i])) {
+        if (shape.ptr[i] < 0 ||
+            (shape.ptr[i] && n > (size_t)PY_SSIZE_T_MAX / (size_t)shape.ptr[i])) {
             raise_status(FP_ERR_OVERFLOW);
             goto done;
         }
@@ -94,7 +94,8 @@ PyObject *py_unpack(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     if (mask_from(mask_object, n, &mask, &kept))
         goto done;
-    if (kept != (size_t)PyArray_SIZE(values)) { /* before anything of the claimed shape is allocated */
+    if (kept !=
+        (size_t)PyArray_SIZE(values)) { /* before anything of the claimed shape is allocated */
         raise_status(FP_ERR_CORRUPT);
         goto done;
     }
@@ -104,11 +105,11 @@ PyObject *py_unpack(PyObject *module, PyObject *args, PyObject *kwargs)
                                               NULL, 0, NULL);
     if (!x)
         goto done;
-    Py_BEGIN_ALLOW_THREADS
-    status = fp_unpack(kernels, PyArray_DATA(values), kept, (size_t)PyArray_ITEMSIZE(values),
-                       PyArray_DATA(mask), n, PyArray_DATA(x), threads);
-    Py_END_ALLOW_THREADS
-    if (status) {
+    Py_BEGIN_ALLOW_THREADS status =
+        fp_unpack(kernels, PyArray_DATA(values), kept, (size_t)PyArray_ITEMSIZE(values),
+                  PyArray_DATA(mask), n, PyArray_DATA(x), threads);
+    Py_END_ALLOW_THREADS if (status)
+    {
         Py_CLEAR(x);
         raise_status(status);
     }

@@ -13,14 +13,14 @@
 
 typedef enum fp_status {
     FP_OK = 0,
-    FP_ERR_ARGUMENT,  /* a null pointer, a zero size or a flag nobody knows */
-    FP_ERR_DTYPE,     /* an element type that the function does not take */
-    FP_ERR_SHAPE,     /* sizes that disagree with each other */
-    FP_ERR_RANGE,     /* a rank, count or index outside its range */
-    FP_ERR_CORRUPT,   /* packed data that contradicts its mask or sizes */
-    FP_ERR_LAPACK,    /* LAPACK did not converge or refused its input */
-    FP_ERR_OVERFLOW,  /* a size that does not fit size_t or LAPACK's int */
-    FP_ERR_ISA        /* a kernel variant that is not compiled in or not supported here */
+    FP_ERR_ARGUMENT, /* a null pointer, a zero size or a flag nobody knows */
+    FP_ERR_DTYPE,    /* an element type that the function does not take */
+    FP_ERR_SHAPE,    /* sizes that disagree with each other */
+    FP_ERR_RANGE,    /* a rank, count or index outside its range */
+    FP_ERR_CORRUPT,  /* packed data that contradicts its mask or sizes */
+    FP_ERR_LAPACK,   /* LAPACK did not converge or refused its input */
+    FP_ERR_OVERFLOW, /* a size that does not fit size_t or LAPACK's int */
+    FP_ERR_ISA       /* a kernel variant that is not compiled in or not supported here */
 } fp_status;
 
 /* A sentence for people; never NULL. */
@@ -58,8 +58,8 @@ size_t fp_mask_bytes(size_t n);
 /* Number of set bits. FP_ERR_CORRUPT if an unused bit is set. */
 fp_status fp_mask_count(const uint8_t *mask, size_t n, size_t *kept);
 
-/* values[0 .. kept) = the kept elements of x (n elements of item_size 2, 4 or 8 bytes) in order. kept
- * must be fp_mask_count's answer. */
+/* values[0 .. kept) = the kept elements of x (n elements of item_size 2, 4 or 8 bytes) in order.
+ * kept must be fp_mask_count's answer. */
 fp_status fp_pack(const fp_kernels *kernels, const void *x, size_t item_size, size_t n,
                   const uint8_t *mask, void *values, size_t kept, int threads);
 
@@ -104,8 +104,8 @@ size_t fp_select_work(const fp_scored *t, size_t count, int threads);
 fp_status fp_select(const fp_kernels *kernels, const fp_scored *t, size_t count, uint64_t k,
                     fp_threshold *out, int threads, void *work, size_t work_bytes);
 
-/* Mask of one matrix under a threshold. `ties` is how many elements equal to it may still be removed;
- * *ties_used how many were. */
+/* Mask of one matrix under a threshold. `ties` is how many elements equal to it may still be
+ * removed; *ties_used how many were. */
 size_t fp_mask_work(const fp_scored *t);
 fp_status fp_mask_threshold(const fp_kernels *kernels, const fp_scored *t, fp_threshold threshold,
                             uint8_t *mask, uint64_t *ties_used, int threads, void *work,
@@ -116,12 +116,12 @@ size_t fp_mask_rows_work(const fp_scored *t, int threads);
 fp_status fp_mask_rows(const fp_scored *t, size_t k, uint8_t *mask, int threads, void *work,
                        size_t work_bytes);
 
-/* Mask that keeps the n highest scores of every m consecutive columns (ties: the first kept); a last
- * group of fewer than m keeps at most n. 1 <= n <= m <= 64. */
+/* Mask that keeps the n highest scores of every m consecutive columns (ties: the first kept); a
+ * last group of fewer than m keeps at most n. 1 <= n <= m <= 64. */
 fp_status fp_mask_nm(const fp_scored *t, unsigned n, unsigned m, uint8_t *mask, int threads);
 
-/* Root mean square score of every block_rows x block_cols block, grid in row-major order; blocks at the
- * right and lower edge may be smaller. */
+/* Root mean square score of every block_rows x block_cols block, grid in row-major order; blocks at
+ * the right and lower edge may be smaller. */
 fp_status fp_block_scores(const fp_scored *t, size_t block_rows, size_t block_cols, float *scores,
                           int threads);
 
@@ -140,11 +140,11 @@ typedef struct fp_matrix {
     ptrdiff_t row_stride, col_stride;
 } fp_matrix;
 
-/* The heads of one attention block. Head i of `heads` owns rows i*head_dim .. of `left`; `right` has
- * groups such blocks of rows, each shared by heads / groups consecutive heads (grouped-query
+/* The heads of one attention block. Head i of `heads` owns rows i*head_dim .. of `left`; `right`
+ * has groups such blocks of rows, each shared by heads / groups consecutive heads (grouped-query
  * attention). IRC: left = [W_q b_q], right = W_k. DWC: left = W_o transposed, right = W_v.
- * left_bias (heads * head_dim numbers, or data NULL) is one more column of left; right_extra one more
- * column of right, carried along but never chosen as a pivot. */
+ * left_bias (heads * head_dim numbers, or data NULL) is one more column of left; right_extra one
+ * more column of right, carried along but never chosen as a pivot. */
 typedef struct fp_heads {
     fp_matrix left, right;
     fp_matrix left_bias, right_extra; /* (n x 1) views, data NULL if absent */
@@ -158,13 +158,13 @@ typedef struct fp_heads {
 /* What a fold writes, all float64, row-major. n = left.cols + bias, d = right.cols, e = extra.
  * Where a group's rank is below its capacity, the rows past it are zero and its pivots -1. */
 typedef struct fp_fold_out {
-    double *left;     /* heads x capacity x n */
-    double *right;    /* groups x capacity x (d + e) */
-    int32_t *pivots;  /* groups x capacity: pivots of the identity, or NULL for no gauge */
-    int32_t *ranks;   /* groups */
-    double *error;    /* groups: squared Frobenius error of M, its columns scaled */
-    double *energy;   /* groups: squared Frobenius norm of M, likewise */
-    size_t capacity;  /* rows per head that left, right and pivots have room for */
+    double *left;    /* heads x capacity x n */
+    double *right;   /* groups x capacity x (d + e) */
+    int32_t *pivots; /* groups x capacity: pivots of the identity, or NULL for no gauge */
+    int32_t *ranks;  /* groups */
+    double *error;   /* groups: squared Frobenius error of M, its columns scaled */
+    double *energy;  /* groups: squared Frobenius norm of M, likewise */
+    size_t capacity; /* rows per head that left, right and pivots have room for */
 } fp_fold_out;
 
 size_t fp_fold_work(const fp_heads *h, int threads);
@@ -185,10 +185,10 @@ fp_status fp_irc_apply(const fp_heads *h, const int32_t *ranks, fp_fold_out *out
 fp_status fp_dwc_select(const fp_heads *h, const int32_t *columns, fp_fold_out *out, int threads,
                         void *work, size_t work_bytes);
 
-/* DWC lossless gauge with the remainder cut to rank k per group (remainder_ranks NULL: kept whole, as
- * fp_irc_apply without ranks). The remainder stands in the non-pivot columns of out->right, and its
- * factors in a (groups x capacity x head_dim, first k columns used) and
- * b (groups x head_dim x d, first k rows used, zero at pivots). */
+/* DWC lossless gauge with the remainder cut to rank k per group (remainder_ranks NULL: kept whole,
+ * as fp_irc_apply without ranks). The remainder stands in the non-pivot columns of out->right, and
+ * its factors in a (groups x capacity x head_dim, first k columns used) and b (groups x head_dim x
+ * d, first k rows used, zero at pivots). */
 fp_status fp_dwc_remainder(const fp_heads *h, const int32_t *remainder_ranks, fp_fold_out *out,
                            double *a, double *b, int threads, void *work, size_t work_bytes);
 
@@ -204,9 +204,9 @@ typedef enum fp_rope { FP_ROPE_HALF = 0, FP_ROPE_ADJACENT = 1 } fp_rope;
  * bias columns count (left_bias, right_extra): under rotation neither drops out. */
 fp_status fp_rope_scores(const fp_heads *h, fp_rope pairing, double *scores, int threads);
 
-/* Keep the ranks[j] planes of group j of largest score (fp_rope_scores' answer; ranks NULL: every plane
- * that contributes), stored in ascending order. left: heads x capacity x 2 x n,
- * right: groups x capacity x 2 x (d + e), planes and out->pivots: groups x capacity, -1 past the rank. With
+/* Keep the ranks[j] planes of group j of largest score (fp_rope_scores' answer; ranks NULL: every
+ * plane that contributes), stored in ascending order. left: heads x capacity x 2 x n, right: groups
+ * x capacity x 2 x (d + e), planes and out->pivots: groups x capacity, -1 past the rank. With
  * out->pivots each kept plane is rotated and scaled so that its pivot column is (1, 0): two numbers
  * that need no storing. */
 fp_status fp_rope_apply(const fp_heads *h, fp_rope pairing, const double *scores,

@@ -42,8 +42,8 @@ static fp_status fit_extra(const fp_fold_call *call, size_t group, fp_fold_buffe
                (size_t)m->k * sizeof(double));
     memset(target, 0, (size_t)ldb * sizeof(double));
     memcpy(target, w->x + (size_t)m->d * (size_t)m->k, (size_t)m->k * sizeof(double));
-    fp_dgelsd(&m->k, &count, &one, a, &m->k, target, &ldb, w->s, &machine, &rank, w->lapack, &m->lapack_work,
-     w->ints, &info);
+    fp_dgelsd(&m->k, &count, &one, a, &m->k, target, &ldb, w->s, &machine, &rank, w->lapack,
+              &m->lapack_work, w->ints, &info);
     if (info)
         return FP_ERR_LAPACK;
     double *right = call->out->right + group * call->out->capacity * (size_t)m->de;
@@ -102,8 +102,8 @@ fp_status fp_dwc_select(const fp_heads *h, const int32_t *columns, fp_fold_out *
     return fp_fold_run(&call, select_group, threads, work, work_bytes);
 }
 
-/* After fp_fold_gauge with R12 kept: SVD of R12, the remainder as the left factor weighs it. R11 goes to
- * r11 (rank x rank). */
+/* After fp_fold_gauge with R12 kept: SVD of R12, the remainder as the left factor weighs it. R11
+ * goes to r11 (rank x rank). */
 static fp_status decompose_remainder(const fp_fold_dims *m, fp_fold_buffers *w, int32_t rank,
                                      double *r11)
 {

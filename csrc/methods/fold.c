@@ -34,17 +34,17 @@ static int32_t query_lapack(const fp_fold_dims *m)
     fp_dgeqp3(&m->h, &m->d, &dummy, &m->h, &idummy, &dummy, &size, &query, &info);
     raise_to(&largest, size);
     int32_t one = 1, reflectors = min32(m->h, m->d);
-    fp_dormqr("L", "T", &m->h, &one, &reflectors, &dummy, &m->h, &dummy, &dummy, &m->h, &size, &query, &info, 1,
-     1);
+    fp_dormqr("L", "T", &m->h, &one, &reflectors, &dummy, &m->h, &dummy, &dummy, &m->h, &size,
+              &query, &info, 1, 1);
     raise_to(&largest, size);
-    fp_dgesdd("S", &m->h, &m->d, &dummy, &m->h, &dummy, &dummy, &m->h, &dummy, &reflectors, &size, &query,
-     &idummy, &info, 1);
+    fp_dgesdd("S", &m->h, &m->d, &dummy, &m->h, &dummy, &dummy, &m->h, &dummy, &reflectors, &size,
+              &query, &idummy, &info, 1);
     raise_to(&largest, size);
-    /* the remainders that are decomposed too may be of any smaller shape: LAPACK's bound for them */
+    /* remainders are decomposed too, in any smaller shape: LAPACK's bound for those */
     raise_to(&largest, 4.0 * m->h * m->h + 8.0 * m->h + m->d);
     int32_t most = max32(m->h, m->d); /* least squares on up to h x d columns */
-    fp_dgelsd(&m->h, &m->d, &one, &dummy, &m->h, &dummy, &most, &dummy, &ZERO, &rank, &size, &query, &idummy,
-     &info);
+    fp_dgelsd(&m->h, &m->d, &one, &dummy, &m->h, &dummy, &most, &dummy, &ZERO, &rank, &size, &query,
+              &idummy, &info);
     raise_to(&largest, size);
     return largest;
 }
@@ -188,8 +188,8 @@ fp_status fp_fold_load(const fp_fold_call *call, size_t group, fp_fold_buffers *
     for (int32_t c = 0; c < m->h; c++)
         for (int32_t r = 0; r < m->k; r++)
             w->r_left[r + c * m->k] = r <= c ? w->qr[r + (size_t)c * N] : 0.0;
-    fp_dgemm("N", "T", &m->k, &m->de, &m->h, &ONE, w->r_left, &m->k, w->right, &m->de, &ZERO, w->x, &m->k, 1,
-     1);
+    fp_dgemm("N", "T", &m->k, &m->de, &m->h, &ONE, w->r_left, &m->k, w->right, &m->de, &ZERO, w->x,
+             &m->k, 1, 1);
     double sum = 0;
     for (int32_t j = 0; j < m->d; j++) {
         double scale = fp_fold_right_scale(call, j), *column = w->x + (size_t)j * (size_t)m->k;
@@ -205,8 +205,8 @@ fp_status fp_fold_load(const fp_fold_call *call, size_t group, fp_fold_buffers *
 fp_status fp_fold_svd(const fp_fold_dims *m, int32_t rows, int32_t cols, fp_fold_buffers *w)
 {
     int32_t info, least = min32(rows, cols);
-    fp_dgesdd("S", &rows, &cols, w->y, &rows, w->s, w->u, &rows, w->vt, &least, w->lapack, &m->lapack_work,
-     w->ints, &info, 1);
+    fp_dgesdd("S", &rows, &cols, w->y, &rows, w->s, w->u, &rows, w->vt, &least, w->lapack,
+              &m->lapack_work, w->ints, &info, 1);
     return info ? FP_ERR_LAPACK : FP_OK;
 }
 
@@ -219,7 +219,8 @@ int32_t fp_fold_numerical_rank(const fp_fold_dims *m, const double *s, int32_t n
     return rank;
 }
 
-void fp_fold_solve(int32_t rank, int32_t rows, int32_t cols, const double *r11, double *z, int32_t ldz)
+void fp_fold_solve(int32_t rank, int32_t rows, int32_t cols, const double *r11, double *z,
+                   int32_t ldz)
 {
     if (rank && cols)
         fp_dtrsm("L", "U", "N", "N", &rank, &cols, &ONE, r11, &rows, z, &ldz, 1, 1, 1, 1);
@@ -235,8 +236,8 @@ fp_status fp_fold_gauge(const fp_fold_dims *m, int32_t rows, int32_t extra, int 
         return FP_ERR_LAPACK;
     double *carried = w->y + (size_t)rows * (size_t)m->d;
     if (extra)
-        fp_dormqr("L", "T", &rows, &extra, &reflectors, w->y, &rows, w->tau, carried, &rows, w->lapack,
-     &m->lapack_work, &info, 1, 1);
+        fp_dormqr("L", "T", &rows, &extra, &reflectors, w->y, &rows, w->tau, carried, &rows,
+                  w->lapack, &m->lapack_work, &info, 1, 1);
     if (info)
         return FP_ERR_LAPACK;
     for (int32_t j = 0; j < m->d; j++)
@@ -282,8 +283,8 @@ void fp_fold_write_gauge(const fp_fold_call *call, size_t group, const fp_fold_b
         double own = fp_fold_right_scale(call, w->pivots[i]);
         row[w->pivots[i]] = 1.0;
         for (int32_t j = rank; with_rest && j < m->d; j++)
-            row[w->pivots[j]] = source[(size_t)j * (size_t)rows] * own /
-                                fp_fold_right_scale(call, w->pivots[j]);
+            row[w->pivots[j]] =
+                source[(size_t)j * (size_t)rows] * own / fp_fold_right_scale(call, w->pivots[j]);
         for (int32_t j = m->d; j < m->de; j++)
             row[j] = source[(size_t)j * (size_t)rows] * own;
     }
@@ -304,6 +305,6 @@ void fp_fold_project(const fp_fold_call *call, size_t group, const fp_fold_buffe
     size_t size = call->out->capacity * (size_t)m->n;
     double *left = call->out->left + group * m->per_group * size;
     for (size_t i = 0; rank && i < m->per_group; i++)
-        fp_dgemm("N", "N", &m->n, &rank, &m->h, &ONE, w->left + i * (size_t)m->n, &m->N, w->basis, &m->h, &ZERO,
-     left + i * size, &m->n, 1, 1);
+        fp_dgemm("N", "N", &m->n, &rank, &m->h, &ONE, w->left + i * (size_t)m->n, &m->N, w->basis,
+                 &m->h, &ZERO, left + i * size, &m->n, 1, 1);
 }

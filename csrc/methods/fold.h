@@ -1,8 +1,8 @@
 /* What IRC and DWC share: one group of heads whose product M = L^T R is all that the model sees.
  *
- * L (head_dim x N) stacks the group's heads side by side, R is (head_dim x d, then the extra column).
- * With L^T = Q_L R_L, ||M - M'|| = ||X - X'|| for X = R_L R: every decision is taken on the small
- * X (head_dim x d), never on the N x d product. */
+ * L (head_dim x N) stacks the group's heads side by side, R is (head_dim x d, then the extra
+ * column). With L^T = Q_L R_L, ||M - M'|| = ||X - X'|| for X = R_L R: every decision is taken on
+ * the small X (head_dim x d), never on the N x d product. */
 #ifndef FOLDPRUNE_FOLD_H
 #define FOLDPRUNE_FOLD_H
 
@@ -11,29 +11,29 @@
 #include "parallel.h"
 
 typedef struct fp_fold_dims {
-    size_t per_group;     /* heads of one group */
-    int32_t h;            /* head_dim */
-    int32_t n, N;         /* columns of one head's left part with bias; of all of the group's */
-    int32_t d, de;        /* columns of right; with the extra one */
-    int32_t k;            /* rows of X: min(N, h) */
-    int32_t lapack_work;  /* doubles */
+    size_t per_group;    /* heads of one group */
+    int32_t h;           /* head_dim */
+    int32_t n, N;        /* columns of one head's left part with bias; of all of the group's */
+    int32_t d, de;       /* columns of right; with the extra one */
+    int32_t k;           /* rows of X: min(N, h) */
+    int32_t lapack_work; /* doubles */
 } fp_fold_dims;
 
 /* One worker's buffers. Matrices are column-major as LAPACK has them; a row-major (r x c) matrix is
  * the column-major (c x r) one. */
 typedef struct fp_fold_buffers {
-    double *left;    /* row-major h x N */
-    double *right;   /* row-major h x de */
-    double *qr;      /* N x h */
-    double *r_left;  /* k x h */
-    double *x;       /* k x de */
-    double *y;       /* k x de: what a factorisation overwrites */
-    double *u;       /* k x k */
-    double *vt;      /* min(k, d) x d */
-    double *s;       /* h */
-    double *tau;     /* max(h, d) */
-    double *basis;   /* h x h: columns that left is projected on */
-    double *mix;     /* h x h */
+    double *left;   /* row-major h x N */
+    double *right;  /* row-major h x de */
+    double *qr;     /* N x h */
+    double *r_left; /* k x h */
+    double *x;      /* k x de */
+    double *y;      /* k x de: what a factorisation overwrites */
+    double *u;      /* k x k */
+    double *vt;     /* min(k, d) x d */
+    double *s;      /* h */
+    double *tau;    /* max(h, d) */
+    double *basis;  /* h x h: columns that left is projected on */
+    double *mix;    /* h x h */
     double *lapack;
     int32_t *pivots; /* d */
     int32_t *ints;   /* LAPACK's integer workspace */
@@ -52,7 +52,8 @@ typedef struct fp_fold_call {
     size_t stride; /* bytes per worker */
 } fp_fold_call;
 
-/* Checks everything, lays out the workspace, runs task over the groups, returns the first failure. */
+/* Checks everything, lays out the workspace, runs task over the groups. The first failure, if any.
+ */
 fp_status fp_fold_run(fp_fold_call *call, fp_task task, int threads, void *work, size_t work_bytes);
 
 fp_fold_buffers fp_fold_worker(const fp_fold_call *call, int worker);
@@ -66,13 +67,14 @@ fp_status fp_fold_svd(const fp_fold_dims *m, int32_t rows, const int32_t cols, f
 /* How many of s[0 .. n), descending, are above rounding noise. */
 int32_t fp_fold_numerical_rank(const fp_fold_dims *m, const double *s, int32_t n, int32_t stride);
 
-/* Column-pivoted QR of y's first d of de columns (rows x de, overwritten; the extra column is carried
- * along). Leaves R11 in y's first rank columns, R11^-1 times the rest in the other ones, and
- * pivots (from 0) in w->pivots. If keep_r12, the other columns hold R12 itself, unsolved. */
+/* Column-pivoted QR of y's first d of de columns (rows x de, overwritten; the extra column is
+ * carried along). Leaves R11 in y's first rank columns, R11^-1 times the rest in the other ones,
+ * and pivots (from 0) in w->pivots. If keep_r12, the other columns hold R12 itself, unsolved. */
 fp_status fp_fold_gauge(const fp_fold_dims *m, int32_t rows, int32_t extra, int keep_r12,
                         fp_fold_buffers *w, int32_t *rank);
 
-/* Solves R11 z = z for `cols` columns of z (leading dimension ldz), R11 as fp_fold_gauge left it in y. */
+/* Solves R11 z = z for `cols` columns of z (leading dimension ldz), R11 as fp_fold_gauge left it in
+ * y. */
 void fp_fold_solve(int32_t rank, int32_t rows, int32_t cols, const double *r11, double *z,
                    int32_t ldz);
 
@@ -88,7 +90,8 @@ void fp_fold_pick_columns(const fp_fold_dims *m, const fp_fold_buffers *w, const
                           int32_t rank);
 
 /* out->left of every head of the group = basis^T left. */
-void fp_fold_project(const fp_fold_call *call, size_t group, const fp_fold_buffers *w, int32_t rank);
+void fp_fold_project(const fp_fold_call *call, size_t group, const fp_fold_buffers *w,
+                     int32_t rank);
 
 /* Zeroes the group's part of the outputs. */
 void fp_fold_clear(const fp_fold_call *call, size_t group);

@@ -93,8 +93,8 @@ fp_status fp_mask_threshold(const fp_kernels *kernels, const fp_scored *t, fp_th
         return FP_ERR_ARGUMENT;
 
     threshold_call c = {.kernels = kernels, .t = t, .mask = mask, .ties = work};
-    c.score = threshold.score;
-    c.limit = (float)threshold.score;
+    c.score = fabs(threshold.score); /* the bits of -0.0 are not those of 0.0 */
+    c.limit = (float)c.score;
     if ((double)c.limit > c.score)
         c.limit = nextafterf(c.limit, 0.0f);
     int exact = t->dtype == FP_F64 || (double)c.limit == c.score;
@@ -112,8 +112,8 @@ fp_status fp_mask_threshold(const fp_kernels *kernels, const fp_scored *t, fp_th
 
 /* ---- a threshold per row ---- */
 
-/* The k-th smallest (from 0) of x[0 .. n), which is reordered. Pivots are drawn from a fixed sequence:
- * linear expected time for any order of the input, and the same work every time. */
+/* The k-th smallest (from 0) of x[0 .. n), which is reordered. Pivots are drawn from a fixed
+ * sequence: linear expected time for any order of the input, and the same work every time. */
 static double kth_smallest(double *x, size_t n, size_t k)
 {
     size_t low = 0, high = n - 1;
@@ -291,7 +291,8 @@ fp_status fp_mask_blocks(const uint8_t *block_mask, size_t rows, size_t cols, si
         return FP_ERR_ARGUMENT;
     if (rows > SIZE_MAX / cols)
         return FP_ERR_OVERFLOW;
-    blocks_call c = {block_mask, rows, cols, block_rows, block_cols, (cols - 1) / block_cols + 1, mask};
+    blocks_call c = {block_mask, rows, cols, block_rows, block_cols, (cols - 1) / block_cols + 1,
+                     mask};
     fp_parallel_for((rows + 7) / 8, threads, expand_eight_rows, &c);
     return FP_OK;
 }

@@ -53,7 +53,8 @@ static fp_status truncate(const fp_fold_call *call, fp_fold_buffers *w, int32_t 
             w->y[i + (size_t)j * (size_t)*rank] =
                 w->vt[i + (size_t)j * (size_t)least] * fp_fold_right_scale(call, j);
     if (*rank)
-        fp_dgemm("T", "T", &m->h, rank, &m->d, &one, w->right, &m->de, w->y, rank, &zero, w->mix, &m->h, 1, 1);
+        fp_dgemm("T", "T", &m->h, rank, &m->d, &one, w->right, &m->de, w->y, rank, &zero, w->mix,
+                 &m->h, 1, 1);
     for (int32_t j = 0; j < m->d; j++)
         for (int32_t i = 0; i < *rank; i++)
             w->y[i + (size_t)j * (size_t)*rank] = w->s[i] * w->vt[i + (size_t)j * (size_t)least];
@@ -73,7 +74,8 @@ static void mix_at_pivots(const fp_fold_call *call, fp_fold_buffers *w, int32_t 
                 w->vt[i + (size_t)w->pivots[j] * (size_t)least] /
                 fp_fold_right_scale(call, w->pivots[j]);
     if (kept)
-        fp_dgemm("N", "N", &m->h, &kept, &rank, &one, w->mix, &m->h, columns, &rank, &zero, w->basis, &m->h, 1, 1);
+        fp_dgemm("N", "N", &m->h, &kept, &rank, &one, w->mix, &m->h, columns, &rank, &zero,
+                 w->basis, &m->h, 1, 1);
 }
 
 static void write_balanced(const fp_fold_call *call, size_t group, fp_fold_buffers *w, int32_t rank)

@@ -16,29 +16,26 @@
 #define fp_blas_set_threads scipy_openblas_set_num_threads
 
 void fp_dgemm(const char *transa, const char *transb, const int32_t *m, const int32_t *n,
-                    const int32_t *k, const double *alpha, const double *a, const int32_t *lda,
-                    const double *b, const int32_t *ldb, const double *beta, double *c,
-                    const int32_t *ldc, size_t, size_t);
+              const int32_t *k, const double *alpha, const double *a, const int32_t *lda,
+              const double *b, const int32_t *ldb, const double *beta, double *c,
+              const int32_t *ldc, size_t, size_t);
 void fp_dtrsm(const char *side, const char *uplo, const char *transa, const char *diag,
-                    const int32_t *m, const int32_t *n, const double *alpha, const double *a,
-                    const int32_t *lda, double *b, const int32_t *ldb, size_t, size_t, size_t,
-                    size_t);
+              const int32_t *m, const int32_t *n, const double *alpha, const double *a,
+              const int32_t *lda, double *b, const int32_t *ldb, size_t, size_t, size_t, size_t);
 void fp_dgeqrf(const int32_t *m, const int32_t *n, double *a, const int32_t *lda, double *tau,
-                     double *work, const int32_t *lwork, int32_t *info);
-void fp_dgeqp3(const int32_t *m, const int32_t *n, double *a, const int32_t *lda,
-                     int32_t *jpvt, double *tau, double *work, const int32_t *lwork, int32_t *info);
+               double *work, const int32_t *lwork, int32_t *info);
+void fp_dgeqp3(const int32_t *m, const int32_t *n, double *a, const int32_t *lda, int32_t *jpvt,
+               double *tau, double *work, const int32_t *lwork, int32_t *info);
 void fp_dormqr(const char *side, const char *trans, const int32_t *m, const int32_t *n,
-                     const int32_t *k, const double *a, const int32_t *lda, const double *tau,
-                     double *c, const int32_t *ldc, double *work, const int32_t *lwork,
-                     int32_t *info, size_t, size_t);
-void fp_dgesdd(const char *jobz, const int32_t *m, const int32_t *n, double *a,
-                     const int32_t *lda, double *s, double *u, const int32_t *ldu, double *vt,
-                     const int32_t *ldvt, double *work, const int32_t *lwork, int32_t *iwork,
-                     int32_t *info, size_t);
+               const int32_t *k, const double *a, const int32_t *lda, const double *tau, double *c,
+               const int32_t *ldc, double *work, const int32_t *lwork, int32_t *info, size_t,
+               size_t);
+void fp_dgesdd(const char *jobz, const int32_t *m, const int32_t *n, double *a, const int32_t *lda,
+               double *s, double *u, const int32_t *ldu, double *vt, const int32_t *ldvt,
+               double *work, const int32_t *lwork, int32_t *iwork, int32_t *info, size_t);
 void fp_dgelsd(const int32_t *m, const int32_t *n, const int32_t *nrhs, double *a,
-                     const int32_t *lda, double *b, const int32_t *ldb, double *s,
-                     const double *rcond, int32_t *rank, double *work, const int32_t *lwork,
-                     int32_t *iwork, int32_t *info);
+               const int32_t *lda, double *b, const int32_t *ldb, double *s, const double *rcond,
+               int32_t *rank, double *work, const int32_t *lwork, int32_t *iwork, int32_t *info);
 
 /* Global to the library: the core runs one matrix per thread, so BLAS itself stays on one. */
 void fp_blas_set_threads(int threads);

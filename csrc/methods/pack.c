@@ -98,7 +98,8 @@ static fp_status run(pack_call *c, size_t kept, int threads)
         return FP_ERR_CORRUPT;
 
     size_t least = c->n / MAX_CHUNKS + 1;
-    c->chunk = (least + CHUNK - 1) / CHUNK * CHUNK; /* a multiple of 8: chunks start at whole bytes */
+    c->chunk =
+        (least + CHUNK - 1) / CHUNK * CHUNK; /* a multiple of 8: chunks start at whole bytes */
     size_t chunks = (c->n + c->chunk - 1) / c->chunk;
     fp_parallel_for(chunks, threads, count_chunk, c);
     c->offset[0] = 0;

@@ -37,8 +37,8 @@ int fp_clamp_threads(int threads)
     return threads < 1 ? 1 : threads > FP_MAX_THREADS ? FP_MAX_THREADS : threads;
 }
 
-/* Threads live for one call: starting them costs tens of microseconds against calls of milliseconds,
- * and leaves nothing behind for fork() or interpreter shutdown to trip over. */
+/* Threads live for one call: starting them costs tens of microseconds against calls of
+ * milliseconds, and leaves nothing behind for fork() or interpreter shutdown to trip over. */
 void fp_parallel_for(size_t items, int threads, fp_task task, void *context)
 {
     job j = {.task = task, .context = context, .items = items};

@@ -6,8 +6,8 @@
 
 typedef void (*fp_task)(void *context, size_t item, int worker);
 
-/* Calls task(context, i, worker) for every i in [0, items), on up to `threads` threads (the caller is
- * worker 0). Items are taken in order but end in any; the result must not depend on which worker
+/* Calls task(context, i, worker) for every i in [0, items), on up to `threads` threads (the caller
+ * is worker 0). Items are taken in order but end in any; the result must not depend on which worker
  * an item lands on. If a thread cannot be started, the others do its work. */
 void fp_parallel_for(size_t items, int threads, fp_task task, void *context);
 

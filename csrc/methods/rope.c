@@ -1,6 +1,6 @@
-/* IRC under rotary position embedding. Written as complex numbers, plane p of a query and a key meet as
- * Re(conj(q_p) e^{i theta} k_p): only multiplying k_p by some c and q_p by 1 / conj(c) leaves that as it is, so
- * planes can be dropped, rotated and scaled, never mixed. */
+/* IRC under rotary position embedding. Written as complex numbers, plane p of a query and a key
+ * meet as Re(conj(q_p) e^{i theta} k_p): only multiplying k_p by some c and q_p by 1 / conj(c)
+ * leaves that as it is, so planes can be dropped, rotated and scaled, never mixed. */
 #include <string.h>
 
 #include "fold.h"

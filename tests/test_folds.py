@@ -1,0 +1,557 @@
+"""The folds of the C core against float64 references: errors, spectra, gauges, degenerate heads, views."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+
+import foldprune  # noqa: F401  (loads the library that _core is linked to)
+from foldprune import _core
+
+# (heads, groups, head_dim, columns of left, columns of right)
+SIZES = {
+    "plain": (4, 4, 8, 32, 32),
+    "grouped": (6, 2, 8, 48, 48),
+    "one key head": (4, 1, 6, 24, 24),
+    "one head": (1, 1, 16, 40, 40),
+    "more rows than columns": (2, 2, 16, 5, 6),
+    "one column": (2, 2, 4, 1, 9),
+    "one row": (3, 3, 1, 7, 5),
+    "odd": (3, 3, 7, 23, 29),
+    "grouped and narrow": (4, 2, 12, 3, 9),
+    "wide": (2, 2, 32, 200, 170),
+}
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+
+Heads = tuple[Any, Any, Any, Any, int, int]
+
+
+def make(name: str, bias: bool = False, extra: bool = False, dtype: Any = np.float64) -> Heads:
+    heads, groups, head_dim, n, d = SIZES[name]
+    rng = np.random.default_rng(len(name))
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(dtype)
+
+    return (
+        draw(heads * head_dim, n),
+        draw(heads * head_dim) if bias else None,
+        draw(groups * head_dim, d),
+        draw(groups * head_dim) if extra else None,
+        heads,
+        groups,
+    )
+
+
+def products(heads: Heads) -> list[np.ndarray]:
+    left, bias, right, _, count, groups = heads
+    return reference.products(left, bias, right, count, groups)
+
+
+def written(fold: tuple[Any, ...], heads: int, groups: int) -> list[np.ndarray]:
+    """M of every group, from what the fold wrote, the extra column left out."""
+    left, right = fold[0], fold[1]
+    per_group = heads // groups
+    return [
+        np.concatenate([left[j * per_group + i].T @ right[j] for i in range(per_group)])
+        for j in range(groups)
+    ]
+
+
+def check_shape(fold: tuple[Any, ...], heads: Heads, capacity: int, gauge: bool) -> None:
+    left, right, pivots, ranks, error, energy = fold[:6]
+    n = heads[0].shape[1] + (heads[1] is not None)
+    d = heads[2].shape[1] + (heads[3] is not None)
+    count, groups = heads[4:]
+    assert left.shape == (count, capacity, n) and right.shape == (groups, capacity, d)
+    assert left.dtype == right.dtype == error.dtype == energy.dtype == np.float64
+    assert (pivots is not None) == gauge and ranks.shape == error.shape == energy.shape == (groups,)
+    for j, rank in enumerate(ranks.tolist()):
+        assert not right[j, rank:].any()
+        per_group = count // groups
+        assert not left[j * per_group : (j + 1) * per_group, rank:].any()
+        if gauge:
+            own = pivots[j]
+            assert len(set(own[:rank].tolist())) == rank and np.all(own[rank:] == -1)
+            assert np.array_equal(right[j, :rank][:, own[:rank]], np.eye(rank))
+
+
+# ---- IRC ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_irc_spectrum(size, bias):
+    heads = make(size, bias)
+    head_dim = SIZES[size][2]
+    got = _core.irc_spectrum(heads)
+    want = np.array([reference.spectrum(m, head_dim) for m in products(heads)])
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12 * want.max())
+    assert np.all(np.diff(got, axis=1) <= 0)
+
+
+@pytest.mark.parametrize("gauge", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_irc_is_the_best_approximation_of_its_rank(size, bias, gauge):
+    heads = make(size, bias)
+    count, groups, head_dim = SIZES[size][:3]
+    for rank in sorted({0, 1, 2, head_dim // 2, head_dim} & set(range(head_dim + 1))):
+        ranks = np.full(groups, rank, np.int32)
+        fold = _core.irc(heads, ranks, gauge)
+        check_shape(fold, heads, max(rank, 1), gauge)
+        for m, got, error, energy in zip(
+            products(heads), written(fold, count, groups), fold[4], fold[5], strict=True
+        ):
+            scale = np.linalg.norm(m)
+            np.testing.assert_allclose(got, reference.best_rank(m, rank), atol=1e-9 * scale)
+            tail = reference.spectrum(m, head_dim)[rank:].sum()
+            assert error == pytest.approx(tail, rel=1e-9, abs=1e-12 * scale**2)
+            assert energy == pytest.approx(scale**2, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", ["plain", "grouped", "odd"])
+def test_irc_ranks_may_differ(size):
+    heads = make(size, True)
+    count, groups, head_dim = SIZES[size][:3]
+    ranks = np.array([(3 * j + 1) % (head_dim + 1) for j in range(groups)], np.int32)
+    for gauge in (False, True):
+        fold = _core.irc(heads, ranks, gauge)
+        assert np.array_equal(fold[3], ranks)
+        check_shape(fold, heads, int(ranks.max()), gauge)
+        for m, got, rank in zip(products(heads), written(fold, count, groups), ranks, strict=True):
+            want = reference.best_rank(m, int(rank))
+            np.testing.assert_allclose(got, want, atol=1e-9 * np.linalg.norm(m))
+
+
+def test_irc_balances_its_factors():
+    heads = make("plain")
+    left, right, *_ = _core.irc(heads, np.full(4, 3, np.int32), False)
+    for i, m in enumerate(products(heads)):
+        singular = np.sqrt(reference.spectrum(m, 3))
+        for factor in (left[i], right[i]):
+            np.testing.assert_allclose(factor @ factor.T, np.diag(singular), atol=1e-9 * singular[0])
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_irc_lossless(size, bias, extra):
+    heads = make(size, bias, extra)
+    left, right_in, extra_in = heads[0], heads[2], heads[3]
+    count, groups, head_dim, _, d = SIZES[size]
+    fold = _core.irc(heads, None, True)
+    check_shape(fold, heads, head_dim, True)
+    whole = heads
+    if extra:  # the extra column is carried along, as one more column of right
+        whole = (left, heads[1], np.concatenate([right_in, extra_in[:, None]], 1), None, count, groups)
+    for m, got, rank in zip(products(whole), written(fold, count, groups), fold[3], strict=True):
+        assert np.abs(m[:, :d] - got[:, :d]).max() <= 1e-9 * np.abs(m).max()
+        assert rank == np.linalg.matrix_rank(m[:, :d])
+        if extra and rank == min(head_dim, m.shape[0]):  # in the span of the pivots
+            assert np.abs(m - got).max() <= 1e-9 * np.abs(m).max()
+    assert np.array_equal(fold[4], np.zeros(groups))
+
+
+@pytest.mark.parametrize("size", ["plain", "grouped", "wide"])
+def test_gauges_are_well_conditioned(size):
+    """Column-pivoted QR: entries of the stored factor stay moderate."""
+    for seed in range(3):
+        left, bias, right, extra, count, groups = make(size)
+        rng = np.random.default_rng(seed)
+        right = right * 10.0 ** rng.uniform(-3, 0, right.shape[1])
+        fold = _core.irc((left, bias, right, extra, count, groups), None, True)
+        assert np.abs(fold[1]).max() < 50
+
+
+# ---- degenerate heads ---------------------------------------------------------------------------
+
+
+def degenerate(case: str) -> Heads:
+    left, bias, right, extra, heads, groups = make("plain", True)
+    head_dim = 8
+    if case == "zero key head":
+        right[head_dim : 2 * head_dim] = 0
+    elif case == "zero query head":
+        left[:head_dim] = 0
+        bias[:head_dim] = 0
+    elif case == "all zero":
+        left[:], bias[:], right[:] = 0, 0, 0
+    elif case == "duplicated rows":
+        right[head_dim : 2 * head_dim] = np.repeat(right[head_dim : head_dim + 4], 2, axis=0)
+    elif case == "one distinct row":
+        right[:head_dim] = right[0]
+    elif case == "rank two":
+        rng = np.random.default_rng(1)
+        left[:head_dim] = rng.standard_normal((head_dim, 2)) @ rng.standard_normal((2, left.shape[1]))
+        bias[:head_dim] = 0
+    elif case == "duplicated columns":
+        right[:, 1::2] = right[:, ::2]
+    elif case == "wide range":
+        right *= 10.0 ** -np.arange(right.shape[0])[:, None].clip(0, 12)
+    return left, bias, right, extra, heads, groups
+
+
+CASES = [
+    "zero key head",
+    "zero query head",
+    "all zero",
+    "duplicated rows",
+    "one distinct row",
+    "rank two",
+    "duplicated columns",
+    "wide range",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_degenerate_heads(case):
+    heads = degenerate(case)
+    ms = products(heads)
+    largest = max(np.linalg.norm(m) for m in ms)
+    want = np.array([reference.spectrum(m, 8) for m in ms])
+    np.testing.assert_allclose(_core.irc_spectrum(heads), want, atol=1e-12 * max(want.max(), 1e-30))
+    for fold in (
+        _core.irc(heads, None, True),
+        _core.irc(heads, None, False),
+        _core.irc(heads, np.full(4, 8, np.int32), True),
+        _core.irc(heads, np.full(4, 8, np.int32), False),
+        _core.dwc_remainder(heads[:1] + (None,) + heads[2:], np.full(4, 8, np.int32)),
+    ):
+        assert all(np.isfinite(part).all() for part in fold if part is not None)
+        wanted = ms if fold[0].shape[2] == 33 else products(heads[:1] + (None,) + heads[2:])
+        if len(fold) > 6:  # the remainder's factors stand beside the identity
+            fold = (fold[0], fold[1] + np.einsum("jrk,jkd->jrd", fold[6], fold[7]), *fold[2:6])
+        for m, got, rank in zip(wanted, written(fold, 4, 4), fold[3], strict=True):
+            assert np.abs(m - got).max() <= 1e-9 * max(np.linalg.norm(m), 1e-30) + 1e-12 * largest
+            if case != "wide range":
+                assert rank == (np.linalg.matrix_rank(m) if m.any() else 0)
+    pivoted = _core.dwc_select(heads[:1] + (None,) + heads[2:], None, 8)
+    assert all(np.isfinite(part).all() for part in pivoted)
+
+
+# ---- DWC ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("extra", [False, True])
+def test_dwc_pivot_takes_the_columns_of_largest_norm(size, extra):
+    heads = make(size, extra=extra)
+    count, groups, head_dim, _, d = SIZES[size]
+    take = min(head_dim, d)
+    fold = _core.dwc_select(heads, None, take)
+    check_shape(fold, heads, take, True)
+    for j, m in enumerate(products(heads)):
+        norms = (m**2).sum(axis=0)
+        chosen = np.sort(np.argsort(-norms, kind="stable")[:take])
+        assert np.array_equal(fold[2][j], chosen)
+        got = written(fold, count, groups)[j]
+        np.testing.assert_allclose(got[:, chosen], m[:, chosen], atol=1e-12 * np.linalg.norm(m))
+        assert not np.delete(got[:, :d], chosen, axis=1).any()
+        left_out = np.delete(norms, chosen).sum()
+        assert fold[4][j] == pytest.approx(left_out, rel=1e-9, abs=1e-12 * norms.sum())
+        assert fold[5][j] == pytest.approx(norms.sum(), rel=1e-12)
+
+
+def test_dwc_pivot_ties_go_to_the_first():
+    right = np.tile(np.eye(2), (1, 3))  # columns 0, 2, 4 and 1, 3, 5 are equal
+    fold = _core.dwc_select((np.eye(2), None, right, None, 1, 1), None, 2)
+    assert fold[2].tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("size", ["plain", "grouped", "odd"])
+def test_dwc_with_given_columns(size):
+    heads = make(size)
+    count, groups, head_dim, _, d = SIZES[size]
+    rng = np.random.default_rng(0)
+    columns = np.stack([rng.choice(d, head_dim, replace=False) for _ in range(groups)])
+    fold = _core.dwc_select(heads, np.ascontiguousarray(columns, np.int32), head_dim)
+    assert np.array_equal(fold[2], columns)
+    for j, m in enumerate(products(heads)):
+        want = np.zeros_like(m)
+        want[:, columns[j]] = m[:, columns[j]]
+        np.testing.assert_allclose(
+            written(fold, count, groups)[j], want, atol=1e-12 * np.linalg.norm(m)
+        )
+        error = ((m - want) ** 2).sum()
+        assert fold[4][j] == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", ["plain", "grouped", "more rows than columns"])
+def test_dwc_fits_the_extra_column(size):
+    """Where no output bias takes up the value's, it becomes the least-squares fit in the chosen columns."""
+    heads = make(size, extra=True)
+    count, groups, head_dim, _, d = SIZES[size]
+    per_group = count // groups
+    fold = _core.dwc_select(heads, None, min(head_dim, d))
+    for j, m in enumerate(products(heads)):
+        own = heads[3][j * head_dim : (j + 1) * head_dim]
+        left = heads[0].reshape(count, head_dim, -1)[j * per_group : (j + 1) * per_group]
+        target = np.concatenate([block.T @ own for block in left])
+        chosen = m[:, fold[2][j]]
+        best = chosen @ np.linalg.lstsq(chosen, target, rcond=None)[0]
+        got = chosen @ fold[1][j, :, d]
+        np.testing.assert_allclose(got, best, atol=1e-9 * np.linalg.norm(target))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dwc_remainder(size):
+    heads = make(size)
+    count, groups, head_dim, _, d = SIZES[size]
+    squared, energy = _core.dwc_spectrum(heads)
+    for k in sorted({0, 1, 3, head_dim - 1, head_dim} & set(range(head_dim + 1))):
+        fold = _core.dwc_remainder(heads, np.full(groups, k, np.int32))
+        left, right, pivots, ranks, error, energies, a, b = fold
+        check_shape(fold, heads, head_dim, True)
+        total = right + np.einsum("jrk,jkd->jrd", a, b)
+        got = written((left, total), count, groups)
+        for j, m in enumerate(products(heads)):
+            rank, scale = int(ranks[j]), np.linalg.norm(m)
+            assert rank == np.linalg.matrix_rank(m)
+            own = pivots[j, :rank]
+            rest = np.delete(m, own, axis=1)
+            # pivots exact; elsewhere the best rank-k part of what they leave
+            np.testing.assert_allclose(got[j][:, own], m[:, own], atol=1e-9 * scale)
+            if rest.shape[1]:
+                want = reference.best_rank(rest, min(k, min(rest.shape)))
+                np.testing.assert_allclose(
+                    np.delete(got[j], own, axis=1), want, atol=1e-8 * scale
+                )
+            tail = reference.spectrum(rest, head_dim) if rest.shape[1] else np.zeros(head_dim)
+            assert error[j] == pytest.approx(tail[k:].sum(), rel=1e-8, abs=1e-12 * scale**2)
+            np.testing.assert_allclose(squared[j], tail, rtol=1e-8, atol=1e-12 * scale**2)
+            assert energies[j] == pytest.approx(scale**2, rel=1e-12)
+            assert energy[j] == energies[j]
+            assert not a[j, :, k:].any() and not b[j, k:].any() and not b[j][:, own].any()
+
+
+# ---- rotary planes ------------------------------------------------------------------------------
+
+ROPE_SIZES = ["plain", "grouped", "one key head", "one head", "more rows than columns", "wide"]
+
+
+@pytest.mark.parametrize("pairing", ["half", "adjacent"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", ROPE_SIZES)
+def test_rope_scores(size, bias, pairing):
+    heads = make(size, bias, bias)
+    left, left_bias, right, right_bias, count, groups = heads
+    want = reference.plane_scores(left, left_bias, right, right_bias, count, groups, pairing)
+    got = _core.rope_scores(heads, pairing == "adjacent")
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def plane_logits(
+    q: np.ndarray, k: np.ndarray, planes: list[int], x: np.ndarray, head_dim: int
+) -> np.ndarray:
+    """Logits of one head from planes (planes x 2 x columns); x carries the bias's column of ones."""
+    positions = np.arange(len(x), dtype=np.float64)
+    logits = np.zeros((len(x), len(x)))
+    for i, plane in enumerate(planes):
+        frequency = 10000.0 ** (-2 * plane / head_dim)
+        a = reference.rotate(x @ q[i].T, positions, frequency)
+        b = reference.rotate(x @ k[i].T, positions, frequency)
+        logits += a @ b.T
+    return logits
+
+
+@pytest.mark.parametrize("gauge", [False, True])
+@pytest.mark.parametrize("pairing", ["half", "adjacent"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", ["plain", "grouped", "one key head"])
+def test_rope_keeps_the_logits_of_the_planes_it_keeps(size, bias, pairing, gauge):
+    heads = make(size, bias, bias)
+    left, left_bias, right, right_bias, count, groups = heads
+    head_dim = SIZES[size][2]
+    half, per_group = head_dim // 2, count // groups
+    x = np.random.default_rng(3).standard_normal((7, left.shape[1]))
+    if bias:
+        x = np.concatenate([x, np.ones((7, 1))], axis=1)
+        left = np.concatenate([left, left_bias[:, None]], axis=1)
+        right = np.concatenate([right, right_bias[:, None]], axis=1)
+    pairs = reference.plane_rows(head_dim, pairing)
+    scores = _core.rope_scores(heads, pairing == "adjacent")
+    for rank in (1, half - 1, half, None):
+        ranks = None if rank is None else np.full(groups, rank, np.int32)
+        q, k, pivots, kept, error, energy, planes = _core.rope(
+            heads, pairing == "adjacent", scores, ranks, gauge
+        )
+        wanted = half if rank is None else rank
+        assert kept.tolist() == [wanted] * groups
+        for j in range(groups):
+            own = planes[j].tolist()
+            best = np.argsort(-scores[j], kind="stable")[:wanted]
+            assert own == sorted(best.tolist())
+            assert energy[j] == pytest.approx(scores[j].sum(), rel=1e-12)
+            left_out = scores[j].sum() - scores[j][own].sum()
+            assert error[j] == pytest.approx(left_out, rel=1e-9, abs=1e-12 * energy[j])
+            if gauge:
+                for i in range(wanted):
+                    assert k[j, i, :, pivots[j, i]].tolist() == [1.0, 0.0]
+            original_k = right.reshape(groups, head_dim, -1)[j][[list(pairs[p]) for p in own]]
+            for i in range(j * per_group, (j + 1) * per_group):
+                original_q = left.reshape(count, head_dim, -1)[i][[list(pairs[p]) for p in own]]
+                want = plane_logits(original_q, original_k, own, x, head_dim)
+                got = plane_logits(q[i], k[j], own, x, head_dim)
+                np.testing.assert_allclose(got, want, atol=1e-11 * np.abs(want).max())
+
+
+def test_rope_drops_planes_that_contribute_nothing():
+    heads = make("plain")
+    heads[2][[1, 5]] = 0  # plane 1 of key head 0
+    heads[0][[8 + 2, 8 + 6]] = 0  # plane 2 of query head 1
+    scores = _core.rope_scores(heads, False)
+    _, _, pivots, kept, error, _, planes = _core.rope(heads, False, scores, None, True)
+    assert kept.tolist() == [3, 3, 4, 4] and not error.any()
+    assert planes[0].tolist() == [0, 2, 3, -1] and planes[1].tolist() == [0, 1, 3, -1]
+    assert pivots[0, 3] == -1
+
+
+# ---- views, dtypes, threads ---------------------------------------------------------------------
+
+
+def results(heads: Heads, threads: int = 1) -> list[np.ndarray]:
+    groups, head_dim = heads[5], heads[0].shape[0] // heads[4]
+    plain = (heads[0], None, heads[2], None, heads[4], heads[5])
+    scores = _core.rope_scores(heads, False, threads)
+    ranks = np.full(groups, 3, np.int32)
+    out = [
+        _core.irc_spectrum(heads, threads),
+        *_core.irc(heads, ranks, True, threads),
+        *_core.irc(heads, ranks, False, threads),
+        *_core.irc(heads, None, True, threads),
+        *_core.dwc_spectrum(plain, threads),
+        *_core.dwc_select(plain, None, head_dim, threads),
+        *_core.dwc_remainder(plain, ranks, threads),
+        scores,
+        *_core.rope(heads, False, scores, ranks, True, threads),
+    ]
+    return [part for part in out if part is not None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_views_are_read_where_they_lie(dtype):
+    """Transposed, fused, interleaved, strided and reversed views give the bytes of their copies."""
+    left, bias, right, _, heads, groups = make("grouped", True, dtype=dtype)
+    want = results((left, bias, right, None, heads, groups))
+
+    fused = np.concatenate([left, right, right[:3]]).astype(dtype)
+    fused_t = np.ascontiguousarray(fused.T)
+    wide = np.zeros((left.shape[0], 2 * left.shape[1]), dtype)
+    wide[:, 1::2] = left
+    backwards = np.ascontiguousarray(right[::-1])
+    bias_column = np.zeros((len(bias), 3), dtype)
+    bias_column[:, 1] = bias
+    for a, b, c in (
+        (np.asfortranarray(left), bias, np.asfortranarray(right)),
+        (fused[: len(left)], bias, fused[len(left) : len(left) + len(right)]),
+        (fused_t[:, : len(left)].T, bias, fused_t.T[len(left) : len(left) + len(right)]),
+        (wide[:, 1::2], bias_column[:, 1], backwards[::-1]),
+    ):
+        got = results((a, b, c, None, heads, groups))
+        assert all(reference.same_bytes(x, y) for x, y in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_dtypes_are_widened_exactly(dtype):
+    narrow = make("plain", True, dtype=dtype)
+    wide = tuple(x.astype(np.float64) if isinstance(x, np.ndarray) else x for x in narrow)
+    for x, y in zip(results(narrow), results(wide), strict=True):
+        assert reference.same_bytes(x, y)
+
+
+@pytest.mark.parametrize("size", ["plain", "grouped"])
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_any_number_of_threads_gives_the_same_bytes(size, threads):
+    heads = make(size, True)
+    for x, y in zip(results(heads), results(heads, threads), strict=True):
+        assert reference.same_bytes(x, y)
+
+
+def _bad_calls() -> dict[str, tuple[Any, Any]]:
+    heads = make("plain", True)
+    left, bias, right, _, count, groups = heads
+    ranks = np.ones(4, np.int32)
+    scores = _core.rope_scores(heads, False)
+    return {
+        "no tuple": (TypeError, lambda: _core.irc(left, ranks, True)),
+        "integers": (
+            TypeError,
+            lambda: _core.irc_spectrum((left.astype(int), bias, right, None, 4, 4)),
+        ),
+        "one dimension": (ValueError, lambda: _core.irc_spectrum((left[0], None, right, None, 4, 4))),
+        "bias of two": (ValueError, lambda: _core.irc_spectrum((left, left, right, None, 4, 4))),
+        "short bias": (ValueError, lambda: _core.irc_spectrum((left, bias[:-1], right, None, 4, 4))),
+        "no heads": (ValueError, lambda: _core.irc_spectrum((left, bias, right, None, 0, 4))),
+        "no groups": (ValueError, lambda: _core.irc_spectrum((left, bias, right, None, 4, 0))),
+        "negative heads": (ValueError, lambda: _core.irc_spectrum((left, bias, right, None, -4, 4))),
+        "heads by groups": (ValueError, lambda: _core.irc_spectrum((left, bias, right, None, 4, 3))),
+        "rows by heads": (ValueError, lambda: _core.irc_spectrum((left, bias, right, None, 5, 5))),
+        "rows of right": (
+            ValueError,
+            lambda: _core.irc_spectrum((left, bias, right[:-1], None, 4, 4)),
+        ),
+        "no columns": (ValueError, lambda: _core.irc_spectrum((left, bias, right[:, :0], None, 4, 4))),
+        "rank above": (ValueError, lambda: _core.irc(heads, ranks * 9, True)),
+        "negative rank": (ValueError, lambda: _core.irc(heads, -ranks, True)),
+        "ranks of int64": (TypeError, lambda: _core.irc(heads, ranks.astype(np.int64), True)),
+        "ranks too few": (ValueError, lambda: _core.irc(heads, ranks[:3], True)),
+        "remainder above": (ValueError, lambda: _core.dwc_remainder(heads, ranks * 9)),
+        "remainder without ranks": ((TypeError, ValueError), lambda: _core.dwc_remainder(heads, None)),
+        "count of zero": (ValueError, lambda: _core.dwc_select(heads, None, 0)),
+        "count above": (ValueError, lambda: _core.dwc_select(heads, None, 9)),
+        "column above": (
+            ValueError,
+            lambda: _core.dwc_select(heads, np.full((4, 2), 32, np.int32), 2),
+        ),
+        "negative column": (
+            ValueError,
+            lambda: _core.dwc_select(heads, np.full((4, 2), -1, np.int32), 2),
+        ),
+        "columns too few": (
+            ValueError,
+            lambda: _core.dwc_select(heads, np.zeros((4, 1), np.int32), 2),
+        ),
+        "planes above": (ValueError, lambda: _core.rope(heads, False, scores, ranks * 5, True)),
+        "scores too few": (ValueError, lambda: _core.rope(heads, False, scores[:2], ranks, True)),
+        "scores of float32": (
+            TypeError,
+            lambda: _core.rope(heads, False, scores.astype(np.float32), ranks, True),
+        ),
+        "odd head size": (ValueError, lambda: _core.rope_scores(make("odd"), False)),
+    }
+
+
+BAD_CALLS = _bad_calls()
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls(case):
+    kind, call = BAD_CALLS[case]
+    with pytest.raises(kind) as error:
+        call()
+    assert str(error.value)
+
+
+def test_the_same_column_twice_is_refused():
+    heads = make("plain")
+    with pytest.raises(ValueError):
+        _core.dwc_select(heads, np.zeros((4, 2), np.int32), 2)
+
+
+def test_not_finite_is_an_error_and_not_a_crash():
+    left, bias, right, _, heads, groups = make("plain", True)
+    right[3, 4] = np.nan
+    for call in (
+        lambda h: _core.irc(h, None, True),
+        lambda h: _core.irc_spectrum(h),
+        lambda h: _core.dwc_spectrum((h[0], None, h[2], None, 4, 4)),
+        lambda h: _core.dwc_select((h[0], None, h[2], None, 4, 4), None, 8),
+    ):
+        with pytest.raises(ValueError):
+            call((left, bias, right, None, heads, groups))
