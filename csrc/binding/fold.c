@@ -168,10 +168,10 @@ PyObject *py_irc_spectrum(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     PyArrayObject *squared = new_array(NPY_DOUBLE, 2, c.h.groups, c.h.head_dim, 0, 0);
     if (squared) {
-        Py_BEGIN_ALLOW_THREADS status =
-            fp_irc_spectrum(&c.h, PyArray_DATA(squared), threads, c.work, c.work_bytes);
-        Py_END_ALLOW_THREADS if (status)
-        {
+        Py_BEGIN_ALLOW_THREADS
+        status = fp_irc_spectrum(&c.h, PyArray_DATA(squared), threads, c.work, c.work_bytes);
+        Py_END_ALLOW_THREADS
+        if (status) {
             Py_CLEAR(squared);
             raise_status(status);
         }
@@ -196,9 +196,10 @@ PyObject *py_irc(PyObject *module, PyObject *args, PyObject *kwargs)
         call_clear(&c);
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS status =
-        fp_irc_apply(&c.h, ranks, &c.out, threads, c.work, c.work_bytes);
-    Py_END_ALLOW_THREADS return call_end(&c, status, NULL, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_irc_apply(&c.h, ranks, &c.out, threads, c.work, c.work_bytes);
+    Py_END_ALLOW_THREADS
+    return call_end(&c, status, NULL, NULL);
 }
 
 PyObject *py_dwc_spectrum(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -216,10 +217,11 @@ PyObject *py_dwc_spectrum(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *energy = new_array(NPY_DOUBLE, 1, c.h.groups, 0, 0, 0);
     PyObject *result = NULL;
     if (squared && energy) {
-        Py_BEGIN_ALLOW_THREADS status = fp_dwc_spectrum(
-            &c.h, PyArray_DATA(squared), PyArray_DATA(energy), threads, c.work, c.work_bytes);
-        Py_END_ALLOW_THREADS result =
-            status ? raise_status(status) : Py_BuildValue("OO", squared, energy);
+        Py_BEGIN_ALLOW_THREADS
+        status = fp_dwc_spectrum(&c.h, PyArray_DATA(squared), PyArray_DATA(energy), threads, c.work,
+                                 c.work_bytes);
+        Py_END_ALLOW_THREADS
+        result = status ? raise_status(status) : Py_BuildValue("OO", squared, energy);
     }
     Py_XDECREF(squared);
     Py_XDECREF(energy);
@@ -249,9 +251,10 @@ PyObject *py_dwc_select(PyObject *module, PyObject *args, PyObject *kwargs)
     }
     if (call_outputs(&c, (size_t)count, 1, 1))
         goto fail;
-    Py_BEGIN_ALLOW_THREADS status =
-        fp_dwc_select(&c.h, DATA(columns), &c.out, threads, c.work, c.work_bytes);
-    Py_END_ALLOW_THREADS return call_end(&c, status, NULL, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_dwc_select(&c.h, DATA(columns), &c.out, threads, c.work, c.work_bytes);
+    Py_END_ALLOW_THREADS
+    return call_end(&c, status, NULL, NULL);
 fail:
     call_clear(&c);
     return NULL;
@@ -275,9 +278,11 @@ PyObject *py_dwc_remainder(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *a = new_array(NPY_DOUBLE, 3, c.h.groups, c.h.head_dim, c.h.head_dim, 0);
     PyArrayObject *b = new_array(NPY_DOUBLE, 3, c.h.groups, c.h.head_dim, c.h.right.cols, 0);
     if (a && b) {
-        Py_BEGIN_ALLOW_THREADS status = fp_dwc_remainder(
-            &c.h, ranks, &c.out, PyArray_DATA(a), PyArray_DATA(b), threads, c.work, c.work_bytes);
-        Py_END_ALLOW_THREADS result = call_end(&c, status, a, b);
+        Py_BEGIN_ALLOW_THREADS
+        status = fp_dwc_remainder(&c.h, ranks, &c.out, PyArray_DATA(a), PyArray_DATA(b), threads,
+                                  c.work, c.work_bytes);
+        Py_END_ALLOW_THREADS
+        result = call_end(&c, status, a, b);
     } else {
         call_clear(&c);
     }
@@ -300,10 +305,11 @@ PyObject *py_rope_scores(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *scores = new_array(NPY_DOUBLE, 2, h.groups, h.head_dim / 2, 0, 0);
     if (!scores)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS status = fp_rope_scores(&h, adjacent ? FP_ROPE_ADJACENT : FP_ROPE_HALF,
-                                                   PyArray_DATA(scores), threads);
-    Py_END_ALLOW_THREADS if (status)
-    {
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_rope_scores(&h, adjacent ? FP_ROPE_ADJACENT : FP_ROPE_HALF, PyArray_DATA(scores),
+                            threads);
+    Py_END_ALLOW_THREADS
+    if (status) {
         Py_DECREF(scores);
         return raise_status(status);
     }
@@ -335,10 +341,11 @@ PyObject *py_rope(PyObject *module, PyObject *args, PyObject *kwargs)
     if (call_outputs(&c, capacity, 2, gauge) ||
         !(planes = new_array(NPY_INT32, 2, c.h.groups, capacity, 0, 0)))
         goto fail;
-    Py_BEGIN_ALLOW_THREADS status =
-        fp_rope_apply(&c.h, adjacent ? FP_ROPE_ADJACENT : FP_ROPE_HALF, PyArray_DATA(scores), ranks,
-                      PyArray_DATA(planes), &c.out, threads);
-    Py_END_ALLOW_THREADS result = call_end(&c, status, planes, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_rope_apply(&c.h, adjacent ? FP_ROPE_ADJACENT : FP_ROPE_HALF, PyArray_DATA(scores),
+                           ranks, PyArray_DATA(planes), &c.out, threads);
+    Py_END_ALLOW_THREADS
+    result = call_end(&c, status, planes, NULL);
     Py_DECREF(planes);
     return result;
 fail:

@@ -5,13 +5,14 @@
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, __VA_ARGS__))                    \
         return NULL;
 
-static int mask_from(PyObject *object, size_t n, PyArrayObject **mask, size_t *kept)
+static int mask_from(const fp_kernels *kernels, PyObject *object, size_t n, PyArrayObject **mask,
+                     fp_pack_plan *plan, int threads)
 {
     if (typed_vector(object, NPY_UINT8, "mask", 0, mask))
         return -1;
     fp_status status = FP_ERR_CORRUPT;
     if ((size_t)PyArray_SIZE(*mask) == fp_mask_bytes(n))
-        status = fp_mask_count(PyArray_DATA(*mask), n, kept);
+        status = fp_pack_prepare(kernels, PyArray_DATA(*mask), n, plan, threads);
     if (status) {
         raise_status(status);
         return -1;
@@ -25,44 +26,60 @@ PyObject *py_mask_count(PyObject *module, PyObject *args, PyObject *kwargs)
     PyObject *object;
     Py_ssize_t n;
     PyArrayObject *mask;
-    size_t kept;
-    (void)module;
+    fp_pack_plan plan;
     PARSE("On", &object, &n)
     if (n < 0)
         return raise_status(FP_ERR_RANGE);
-    if (mask_from(object, (size_t)n, &mask, &kept))
+    if (mask_from(state_of(module)->kernels, object, (size_t)n, &mask, &plan, 1))
         return NULL;
-    return PyLong_FromSize_t(kept);
+    return PyLong_FromSize_t(plan.kept);
+}
+
+/* A fresh array of the dtype and shape, or `out` if it has both and can be written to. */
+static PyArrayObject *target(PyObject *out, PyArray_Descr *descr, int ndim, npy_intp *shape)
+{
+    if (out == Py_None) {
+        Py_INCREF(descr); /* PyArray_NewFromDescr takes it */
+        return (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, NULL, NULL,
+                                                     0, NULL);
+    }
+    PyArrayObject *array = contiguous(out, "out");
+    if (!array)
+        return NULL;
+    if (PyArray_TYPE(array) != descr->type_num || PyArray_NDIM(array) != ndim ||
+        !PyArray_CompareLists(PyArray_DIMS(array), shape, ndim) || !PyArray_ISWRITEABLE(array)) {
+        PyErr_SetString(PyExc_ValueError, "out: wrong dtype or shape, or read-only");
+        return NULL;
+    }
+    Py_INCREF(array);
+    return array;
 }
 
 PyObject *py_pack(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"x", "mask", "threads", "isa", NULL};
-    PyObject *x, *object;
+    static char *names[] = {"x", "mask", "threads", "isa", "out", NULL};
+    PyObject *x, *object, *out = Py_None;
     int threads = 1;
     const char *isa = NULL;
-    size_t kept;
+    fp_pack_plan plan;
     fp_status status;
+    fp_dtype dtype;
     PyArrayObject *mask;
-    PARSE("OO|iz", &x, &object, &threads, &isa)
+    PARSE("OO|izO", &x, &object, &threads, &isa, &out)
     const fp_kernels *kernels = kernels_named(module, isa);
     PyArrayObject *array = kernels ? contiguous(x, "x") : NULL;
-    fp_dtype dtype;
     if (!array || dtype_of(module, array, &dtype) ||
-        mask_from(object, (size_t)PyArray_SIZE(array), &mask, &kept))
+        mask_from(kernels, object, (size_t)PyArray_SIZE(array), &mask, &plan, threads))
         return NULL;
-    npy_intp shape = (npy_intp)kept;
-    PyArray_Descr *descr = PyArray_DESCR(array);
-    Py_INCREF(descr); /* PyArray_NewFromDescr takes it */
-    PyArrayObject *values =
-        (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, 1, &shape, NULL, NULL, 0, NULL);
+    npy_intp shape = (npy_intp)plan.kept;
+    PyArrayObject *values = target(out, PyArray_DESCR(array), 1, &shape);
     if (!values)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS status = fp_pack(
-        kernels, PyArray_DATA(array), (size_t)PyArray_ITEMSIZE(array), (size_t)PyArray_SIZE(array),
-        PyArray_DATA(mask), PyArray_DATA(values), kept, threads);
-    Py_END_ALLOW_THREADS if (status)
-    {
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_pack(kernels, &plan, PyArray_DATA(mask), PyArray_DATA(array),
+                     (size_t)PyArray_ITEMSIZE(array), PyArray_DATA(values), threads);
+    Py_END_ALLOW_THREADS
+    if (status) {
         Py_DECREF(values);
         return raise_status(status);
     }
@@ -71,16 +88,17 @@ PyObject *py_pack(PyObject *module, PyObject *args, PyObject *kwargs)
 
 PyObject *py_unpack(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"values", "mask", "shape", "threads", "isa", NULL};
-    PyObject *object, *mask_object;
+    static char *names[] = {"values", "mask", "shape", "threads", "isa", "out", NULL};
+    PyObject *object, *mask_object, *out = Py_None;
     PyArray_Dims shape = {NULL, 0};
     int threads = 1;
     const char *isa = NULL;
-    size_t kept, n = 1;
+    size_t n = 1;
+    fp_pack_plan plan;
     fp_status status;
     fp_dtype dtype;
     PyArrayObject *values, *mask, *x = NULL;
-    PARSE("OOO&|iz", &object, &mask_object, PyArray_IntpConverter, &shape, &threads, &isa)
+    PARSE("OOO&|izO", &object, &mask_object, PyArray_IntpConverter, &shape, &threads, &isa, &out)
     const fp_kernels *kernels = kernels_named(module, isa);
     if (!kernels || !(values = contiguous(object, "values")) || dtype_of(module, values, &dtype))
         goto done;
@@ -92,24 +110,20 @@ PyObject *py_unpack(PyObject *module, PyObject *args, PyObject *kwargs)
         }
         n *= (size_t)shape.ptr[i];
     }
-    if (mask_from(mask_object, n, &mask, &kept))
+    if (mask_from(kernels, mask_object, n, &mask, &plan, threads))
         goto done;
-    if (kept !=
-        (size_t)PyArray_SIZE(values)) { /* before anything of the claimed shape is allocated */
+    if (plan.kept != (size_t)PyArray_SIZE(values)) { /* before the claimed shape is allocated */
         raise_status(FP_ERR_CORRUPT);
         goto done;
     }
-    PyArray_Descr *descr = PyArray_DESCR(values);
-    Py_INCREF(descr);
-    x = (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, shape.len, shape.ptr, NULL,
-                                              NULL, 0, NULL);
+    x = target(out, PyArray_DESCR(values), shape.len, shape.ptr);
     if (!x)
         goto done;
-    Py_BEGIN_ALLOW_THREADS status =
-        fp_unpack(kernels, PyArray_DATA(values), kept, (size_t)PyArray_ITEMSIZE(values),
-                  PyArray_DATA(mask), n, PyArray_DATA(x), threads);
-    Py_END_ALLOW_THREADS if (status)
-    {
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_unpack(kernels, &plan, PyArray_DATA(mask), PyArray_DATA(values),
+                       (size_t)PyArray_ITEMSIZE(values), PyArray_DATA(x), threads);
+    Py_END_ALLOW_THREADS
+    if (status) {
         Py_CLEAR(x);
         raise_status(status);
     }

@@ -22,9 +22,10 @@ PyObject *py_all_finite(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *array = contiguous(x, "x");
     if (!array || dtype_of(module, array, &dtype))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS finite =
-        fp_all_finite(PyArray_DATA(array), dtype, (size_t)PyArray_SIZE(array), threads);
-    Py_END_ALLOW_THREADS return PyBool_FromLong(finite);
+    Py_BEGIN_ALLOW_THREADS
+    finite = fp_all_finite(PyArray_DATA(array), dtype, (size_t)PyArray_SIZE(array), threads);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(finite);
 }
 
 PyObject *py_energy(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -37,8 +38,10 @@ PyObject *py_energy(PyObject *module, PyObject *args, PyObject *kwargs)
     PARSE("O|i", &tuple, &threads)
     if (scored_from(module, tuple, &t))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS energy = fp_energy(&t, threads);
-    Py_END_ALLOW_THREADS return PyFloat_FromDouble(energy);
+    Py_BEGIN_ALLOW_THREADS
+    energy = fp_energy(&t, threads);
+    Py_END_ALLOW_THREADS
+    return PyFloat_FromDouble(energy);
 }
 
 /* A list of scored tuples as an array for the core; the list must outlive it. */
@@ -75,10 +78,10 @@ PyObject *py_histogram(PyObject *module, PyObject *args, PyObject *kwargs)
     npy_intp bins = FP_HISTOGRAM_BINS;
     PyArrayObject *out = work ? (PyArrayObject *)PyArray_SimpleNew(1, &bins, NPY_UINT64) : NULL;
     if (out) {
-        Py_BEGIN_ALLOW_THREADS status =
-            fp_histogram(t, count, PyArray_DATA(out), threads, work, bytes);
-        Py_END_ALLOW_THREADS if (status)
-        {
+        Py_BEGIN_ALLOW_THREADS
+        status = fp_histogram(t, count, PyArray_DATA(out), threads, work, bytes);
+        Py_END_ALLOW_THREADS
+        if (status) {
             Py_CLEAR(out);
             raise_status(status);
         }
@@ -106,8 +109,8 @@ PyObject *py_select(PyObject *module, PyObject *args, PyObject *kwargs)
     size_t bytes = fp_select_work(t, count, threads);
     void *work = new_work(bytes);
     if (work) {
-        Py_BEGIN_ALLOW_THREADS status =
-            fp_select(kernels, t, count, k, &threshold, threads, work, bytes);
+        Py_BEGIN_ALLOW_THREADS
+        status = fp_select(kernels, t, count, k, &threshold, threads, work, bytes);
         Py_END_ALLOW_THREADS
     }
     PyMem_RawFree(t);
@@ -139,8 +142,9 @@ PyObject *py_mask_threshold(PyObject *module, PyObject *args, PyObject *kwargs)
     void *work = new_work(bytes);
     PyArrayObject *mask = work ? new_mask(t.rows * t.cols) : NULL;
     if (mask) {
-        Py_BEGIN_ALLOW_THREADS status = fp_mask_threshold(
-            kernels, &t, threshold, PyArray_DATA(mask), &used, threads, work, bytes);
+        Py_BEGIN_ALLOW_THREADS
+        status = fp_mask_threshold(kernels, &t, threshold, PyArray_DATA(mask), &used, threads, work,
+                                   bytes);
         Py_END_ALLOW_THREADS
     }
     PyMem_RawFree(work);
@@ -168,8 +172,8 @@ PyObject *py_mask_rows(PyObject *module, PyObject *args, PyObject *kwargs)
     void *work = new_work(bytes);
     PyArrayObject *mask = work ? new_mask(t.rows * t.cols) : NULL;
     if (mask) {
-        Py_BEGIN_ALLOW_THREADS status =
-            fp_mask_rows(&t, (size_t)k, PyArray_DATA(mask), threads, work, bytes);
+        Py_BEGIN_ALLOW_THREADS
+        status = fp_mask_rows(&t, (size_t)k, PyArray_DATA(mask), threads, work, bytes);
         Py_END_ALLOW_THREADS
     }
     PyMem_RawFree(work);
@@ -194,9 +198,10 @@ PyObject *py_mask_nm(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *mask = new_mask(t.rows * t.cols);
     if (!mask)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS status = fp_mask_nm(&t, n, m, PyArray_DATA(mask), threads);
-    Py_END_ALLOW_THREADS if (status)
-    {
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_mask_nm(&t, n, m, PyArray_DATA(mask), threads);
+    Py_END_ALLOW_THREADS
+    if (status) {
         Py_DECREF(mask);
         return raise_status(status);
     }
@@ -221,10 +226,11 @@ PyObject *py_block_scores(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *scores = (PyArrayObject *)PyArray_SimpleNew(2, shape, NPY_FLOAT);
     if (!scores)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS status =
+    Py_BEGIN_ALLOW_THREADS
+    status =
         fp_block_scores(&t, (size_t)block_rows, (size_t)block_cols, PyArray_DATA(scores), threads);
-    Py_END_ALLOW_THREADS if (status)
-    {
+    Py_END_ALLOW_THREADS
+    if (status) {
         Py_DECREF(scores);
         return raise_status(status);
     }
@@ -255,11 +261,11 @@ PyObject *py_mask_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *mask = new_mask((size_t)rows * (size_t)cols);
     if (!mask)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS status =
-        fp_mask_blocks(PyArray_DATA(blocks), (size_t)rows, (size_t)cols, (size_t)block_rows,
-                       (size_t)block_cols, PyArray_DATA(mask), threads);
-    Py_END_ALLOW_THREADS if (status)
-    {
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_mask_blocks(PyArray_DATA(blocks), (size_t)rows, (size_t)cols, (size_t)block_rows,
+                            (size_t)block_cols, PyArray_DATA(mask), threads);
+    Py_END_ALLOW_THREADS
+    if (status) {
         Py_DECREF(mask);
         return raise_status(status);
     }

@@ -55,17 +55,26 @@ const char *fp_kernels_name(const fp_kernels *kernels);
 
 size_t fp_mask_bytes(size_t n);
 
-/* Number of set bits. FP_ERR_CORRUPT if an unused bit is set. */
-fp_status fp_mask_count(const uint8_t *mask, size_t n, size_t *kept);
+/* Where the kept elements of every chunk of a mask go: chunks are packed on their own. */
+enum { FP_PACK_CHUNKS = 256 };
+typedef struct fp_pack_plan {
+    size_t n, kept; /* elements, and how many are kept */
+    size_t chunk, chunks;
+    size_t offset[FP_PACK_CHUNKS + 1];
+} fp_pack_plan;
+
+/* Counts the mask's bits. FP_ERR_CORRUPT if an unused bit is set. */
+fp_status fp_pack_prepare(const fp_kernels *kernels, const uint8_t *mask, size_t n,
+                          fp_pack_plan *plan, int threads);
 
 /* values[0 .. kept) = the kept elements of x (n elements of item_size 2, 4 or 8 bytes) in order.
- * kept must be fp_mask_count's answer. */
-fp_status fp_pack(const fp_kernels *kernels, const void *x, size_t item_size, size_t n,
-                  const uint8_t *mask, void *values, size_t kept, int threads);
+ * The plan is that of the same mask. */
+fp_status fp_pack(const fp_kernels *kernels, const fp_pack_plan *plan, const uint8_t *mask,
+                  const void *x, size_t item_size, void *values, int threads);
 
 /* The inverse: x[i] = next value where the bit is set, 0 elsewhere. */
-fp_status fp_unpack(const fp_kernels *kernels, const void *values, size_t kept, size_t item_size,
-                    const uint8_t *mask, size_t n, void *x, int threads);
+fp_status fp_unpack(const fp_kernels *kernels, const fp_pack_plan *plan, const uint8_t *mask,
+                    const void *values, size_t item_size, void *x, int threads);
 
 /* ---- forward propagation pruning: scores, selection, masks (methods/fpp.c, select.c) - */
 

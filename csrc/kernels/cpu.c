@@ -7,6 +7,7 @@
 
 const fp_kernels fp_kernels_scalar = {
     .name = "scalar",
+    .count_bits = fp_count_bits_scalar,
     .pack16 = fp_pack16_scalar,
     .pack32 = fp_pack32_scalar,
     .pack64 = fp_pack64_scalar,

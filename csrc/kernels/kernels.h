@@ -8,7 +8,8 @@
 
 #include "foldprune.h"
 
-/* values[0 .. kept) = elements of x[0 .. n) whose mask bit is set. kept is the exact number of them. */
+/* values[0 .. kept) = elements of x[0 .. n) whose mask bit is set. kept is the exact number of
+ * them. */
 #define FP_PACK_SIGNATURE(bits)                                                                    \
     (const uint##bits##_t *x, const uint8_t *mask, size_t n, uint##bits##_t *values, size_t kept)
 /* x[0 .. n) from values[0 .. kept), zero where the mask bit is clear. */
@@ -19,6 +20,7 @@ struct fp_kernels {
     const char *name;
 
     /* pack family (pack_*.c); mask starts at bit 0 of its first byte */
+    size_t (*count_bits)(const uint8_t *mask, size_t bytes); /* set bits of whole bytes */
     void(*pack16) FP_PACK_SIGNATURE(16);
     void(*pack32) FP_PACK_SIGNATURE(32);
     void(*pack64) FP_PACK_SIGNATURE(64);
@@ -31,9 +33,9 @@ struct fp_kernels {
     /* y[i] = (float)x[i]: IEEE half, exact, subnormals and NaN included. */
     void (*half_to_float)(const uint16_t *x, size_t n, float *y);
 
-    /* mask bit i = |s[i]| > threshold, unused bits of the last byte zero; returns how many |s[i]| equal
-     * the threshold. threshold >= 0, no NaN. Compared as integers, so subnormals count whatever the
-     * processor's flush-to-zero mode. */
+    /* mask bit i = |s[i]| > threshold, unused bits of the last byte zero; returns how many |s[i]|
+     * equal the threshold. threshold >= 0, no NaN. Compared as integers, so subnormals count
+     * whatever the processor's flush-to-zero mode. */
     size_t (*mask_above)(const float *s, size_t n, float threshold, uint8_t *mask);
 
     /* Of the elements whose |s[i]| has `high` in bits 30..16, histogram[bits 15..0] += 1. */
@@ -46,6 +48,7 @@ extern const fp_kernels fp_kernels_avx512;
 extern const fp_kernels fp_kernels_neon;
 
 /* Scalar pieces that variants use for their tails. */
+size_t fp_count_bits_scalar(const uint8_t *mask, size_t bytes);
 void fp_pack16_scalar FP_PACK_SIGNATURE(16);
 void fp_pack32_scalar FP_PACK_SIGNATURE(32);
 void fp_pack64_scalar FP_PACK_SIGNATURE(64);

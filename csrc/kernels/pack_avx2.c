@@ -92,6 +92,7 @@ static inline void expand64(const uint64_t *values, uint32_t m, uint64_t *x)
     permute_unpack(values, &unpack64_table[m], x);
 }
 
+FP_DEFINE_COUNT_BITS(avx2)
 FP_DEFINE_PACK_LOOPS(avx2, 16, 8)
 FP_DEFINE_PACK_LOOPS(avx2, 32, 8)
 FP_DEFINE_PACK_LOOPS(avx2, 64, 4)

@@ -43,6 +43,7 @@ static inline void expand64(const uint64_t *values, uint32_t m, uint64_t *x)
     _mm512_storeu_si512(x, spread);
 }
 
+FP_DEFINE_COUNT_BITS(avx512)
 FP_DEFINE_PACK_LOOPS(avx512, 32, 16)
 FP_DEFINE_PACK_LOOPS(avx512, 64, 8)
 

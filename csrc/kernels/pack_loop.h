@@ -16,6 +16,7 @@
 #include "target.h"
 
 #define FP_DECLARE_PACK(isa)                                                                       \
+    size_t fp_count_bits_##isa(const uint8_t *mask, size_t bytes);                                 \
     void fp_pack16_##isa FP_PACK_SIGNATURE(16);                                                    \
     void fp_pack32_##isa FP_PACK_SIGNATURE(32);                                                    \
     void fp_pack64_##isa FP_PACK_SIGNATURE(64);                                                    \
@@ -47,6 +48,19 @@ FP_DECLARE_PACK(neon);
         uint32_t m = (uint32_t)(word >> j) & ((1u << (lanes)) - 1u);                               \
         expand##bits(values + k, m, x + i + j);                                                    \
         k += count##lanes(m);                                                                      \
+    }
+
+/* Where the processor counts the bits of a word in one instruction. */
+#define FP_DEFINE_COUNT_BITS(isa)                                                                  \
+    size_t fp_count_bits_##isa(const uint8_t *mask, size_t bytes)                                  \
+    {                                                                                              \
+        size_t total = 0, i = 0;                                                                   \
+        for (; i + 8 <= bytes; i += 8) {                                                           \
+            uint64_t word;                                                                         \
+            memcpy(&word, mask + i, 8);                                                            \
+            total += (size_t)__builtin_popcountll(word);                                           \
+        }                                                                                          \
+        return total + fp_count_bits_scalar(mask + i, bytes - i);                                  \
     }
 
 /* The first loop needs one comparison for 64 elements, as there are at least 64 more values. The

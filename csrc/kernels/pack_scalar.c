@@ -1,5 +1,26 @@
-/* Pack and unpack, the specification: a byte of the mask at a time, without branches on its bits. */
+/* Pack and unpack, the specification: a byte of the mask at a time, without branches on its bits.
+ */
+#include <string.h>
+
 #include "kernels.h"
+
+size_t fp_count_bits_scalar(const uint8_t *mask, size_t bytes)
+{
+    size_t total = 0, i = 0;
+    for (; i + 8 <= bytes; i += 8) {
+        uint64_t word;
+        memcpy(&word, mask + i, 8);
+        /* by halves: a baseline build has no instruction for it, and a table is slower */
+        word = word - ((word >> 1) & 0x5555555555555555u);
+        word = (word & 0x3333333333333333u) + ((word >> 2) & 0x3333333333333333u);
+        word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+        total += (size_t)((word * 0x0101010101010101u) >> 56);
+    }
+    for (; i < bytes; i++)
+        for (unsigned byte = mask[i]; byte; byte &= byte - 1)
+            total++;
+    return total;
+}
 
 /* Stores every element and advances only past kept ones, so there is no branch to mispredict; the
  * last kept element is the last one stored, which keeps the store inside values[0 .. kept). */

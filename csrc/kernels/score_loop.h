@@ -52,6 +52,7 @@
                                                                                                    \
     const fp_kernels fp_kernels_##isa = {                                                          \
         .name = #isa,                                                                              \
+        .count_bits = fp_count_bits_##isa,                                                         \
         .pack16 = fp_pack16_##isa,                                                                 \
         .pack32 = fp_pack32_##isa,                                                                 \
         .pack64 = fp_pack64_##isa,                                                                 \

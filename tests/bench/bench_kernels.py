@@ -43,14 +43,18 @@ def main() -> None:
             mask, _ = _core.mask_threshold((x, 1.0, None), score, ties)
             values = _core.pack(x, mask)
             touched = x.nbytes + values.nbytes + mask.nbytes
-            source = np.zeros(touched // 2, np.uint8)
+            source, copied = np.zeros(touched // 2, np.uint8), np.zeros(touched // 2, np.uint8)
             inner = max(1, (1 << 21) // n)
-            # a fresh target each time, as pack and unpack give theirs
-            copy = best(lambda source=source: source.copy(), inner)
+            copy = best(lambda s=source, c=copied: np.copyto(c, s), inner)
+            back = np.zeros_like(x)
             for isa in variants:
-                pack = best(lambda x=x, mask=mask, isa=isa: _core.pack(x, mask, 1, isa), inner)
+                pack = best(
+                    lambda x=x, m=mask, v=values, isa=isa: _core.pack(x, m, 1, isa, v), inner
+                )
                 unpack = best(
-                    lambda v=values, mask=mask, n=n, isa=isa: _core.unpack(v, mask, (n,), 1, isa),
+                    lambda v=values, m=mask, x=back, isa=isa: _core.unpack(
+                        v, m, x.shape, 1, isa, x
+                    ),
                     inner,
                 )
                 print(

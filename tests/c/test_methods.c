@@ -126,7 +126,8 @@ static void test_selection(fp_dtype dtype, size_t rows, size_t cols, int coarse,
     size_t select_bytes = fp_select_work(&t, 1, threads), mask_bytes = fp_mask_work(&t);
     void *select_work = workspace(select_bytes), *mask_work = workspace(mask_bytes);
     for (size_t step = 0; step <= 4; step++) {
-        size_t k = n * step / 4, kept;
+        size_t k = n * step / 4;
+        fp_pack_plan plan;
         fp_threshold threshold;
         uint64_t used;
         CHECK(!fp_select(kernels, &t, 1, k, &threshold, threads, select_work, select_bytes));
@@ -136,19 +137,22 @@ static void test_selection(fp_dtype dtype, size_t rows, size_t cols, int coarse,
         for (size_t i = 0; i < n; i++)
             right &= bit(mask, i) == (rank_of(&t, i, 0, n) >= k);
         CHECK(right);
-        CHECK(!fp_mask_count(mask, n, &kept) && kept == n - k);
+        CHECK(!fp_pack_prepare(kernels, mask, n, &plan, threads) && plan.kept == n - k);
 
-        void *values = exactly(kept * fp_dtype_size(dtype)),
+        void *values = exactly(plan.kept * fp_dtype_size(dtype)),
              *back = exactly(n * fp_dtype_size(dtype));
-        CHECK(!fp_pack(kernels, t.x, fp_dtype_size(dtype), n, mask, values, kept, threads));
-        CHECK(!fp_unpack(kernels, values, kept, fp_dtype_size(dtype), mask, n, back, threads));
+        CHECK(!fp_pack(kernels, &plan, mask, t.x, fp_dtype_size(dtype), values, threads));
+        CHECK(!fp_unpack(kernels, &plan, mask, values, fp_dtype_size(dtype), back, threads));
         fp_scored unpacked = t;
         unpacked.x = back;
         for (size_t i = 0; i < n; i++)
             right &= value_of(&unpacked, i) == (bit(mask, i) ? value_of(&t, i) : 0.0);
         CHECK(right);
-        CHECK(fp_pack(kernels, t.x, fp_dtype_size(dtype), n, mask, values, kept + 1, threads) ==
-              FP_ERR_CORRUPT);
+        CHECK(fp_pack(kernels, &plan, mask, t.x, 3, values, threads) == FP_ERR_DTYPE);
+        if (n % 8) {
+            mask[n / 8] |= 0x80;
+            CHECK(fp_pack_prepare(kernels, mask, n, &plan, threads) == FP_ERR_CORRUPT);
+        }
         free(values);
         free(back);
     }
