@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 _Array = np.ndarray[Any, np.dtype[Any]]
-_Scored = tuple[_Array, float, _Array | None]  # (x, scale, col_scale): score |x| * scale * col_scale
+# (x, scale, col_scale): the score is |x| * scale * col_scale
+_Scored = tuple[_Array, float, _Array | None]
 # (left, left_bias, right, right_extra, heads, groups[, left_scale, right_scale]); see fp_heads in
 # csrc/include/foldprune.h
 _Heads = (

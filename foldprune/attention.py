@@ -38,6 +38,20 @@ class Fold:
     output_scale: Array | None = None
 
 
+class OutOfRange(Exception):
+    """A fold's numbers overflow the dtype, or vanish in it."""
+
+
+def _round(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Values in the dtype; OutOfRange if that is more than rounding."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = values.astype(dtype)
+    lost = np.linalg.norm(rounded.astype(np.float64) - values)
+    if not lost <= 0.01 * np.linalg.norm(values):
+        raise OutOfRange(f"the folded numbers leave the range of {dtype}")
+    return rounded
+
+
 def exact_in(dtype: np.dtype[Any]) -> bool:
     """Whether a change of gauge survives rounding to the dtype. Sixteen bits re-round every number
     by up to one part in 256 to 2,048, which is no longer lossless."""
@@ -168,7 +182,7 @@ def _rows(
 ) -> Encoding:
     """Stored rows of every head, (rank x cols) or, for a bias, (rank,)."""
     cols = rows[0].shape[1] if rows[0].ndim == 2 else None
-    values = np.concatenate([r.ravel() for r in rows]).astype(dtype)
+    values = _round(np.concatenate([r.ravel() for r in rows]), dtype)
     if whole:  # nothing is left out: plainer, and never larger than before
         return Dense(values.reshape(heads * head_dim, *(() if cols is None else (cols,))))
     return Rows(heads, head_dim, cols, _int32([len(r) for r in rows]), values)
@@ -189,7 +203,7 @@ def _key_rows(
             rows = rows[:, _free(block.key.cols, pivots[j, :rank])]
             chosen.append(pivots[j, :rank])
         parts.append(rows.ravel())
-    values = np.concatenate(parts).astype(dtype)
+    values = _round(np.concatenate(parts), dtype)
     columns = _int32(np.concatenate(chosen)) if pivots is not None else None
     return Rows(block.groups, block.head_dim, block.key.cols, _int32(ranks), values, columns)
 
@@ -246,7 +260,7 @@ def _irc_planes(
             str(block.rope),
             _int32(ranks),
             None if whole else _int32(ragged(where, ranks)),
-            values.ravel().astype(dtype),
+            _round(values.ravel(), dtype),
             columns,
         )
         return Dense(encoding.unpack()) if whole and columns is None else encoding
@@ -338,15 +352,15 @@ def dwc(
         _int32(ranks),
         _int32(np.concatenate(chosen)),
         _int32(remainder_ranks),
-        np.concatenate(lefts).astype(dtype),
-        np.concatenate(rights).astype(dtype),
+        _round(np.concatenate(lefts), dtype),
+        _round(np.concatenate(rights), dtype),
     )
 
     fold = Fold({"value": value}, error=_ratio(error, energy))
     capacity, rows = left.shape[1], left.shape[2]
     output = np.zeros((rows, block.heads, head_dim))
     output[:, :, :capacity] = left.transpose(2, 0, 1)
-    fold.output = output.reshape(rows, -1).astype(dtype)
+    fold.output = _round(output.reshape(rows, -1), dtype)
     fold.output_scale = np.repeat(norms, block.heads // groups, axis=0).ravel().astype(np.float32)
     if block.value.bias is not None:
         bias_dtype = _bias_dtype(arrays, block.value)
@@ -356,7 +370,7 @@ def dwc(
         else:
             bias = np.zeros((groups, head_dim))
             bias[:, :capacity] = right[:, :, cols]
-            fold.biases["value"] = Dense(bias.ravel().astype(bias_dtype))
+            fold.biases["value"] = Dense(_round(bias.ravel(), bias_dtype))
     return fold
 
 
@@ -387,7 +401,7 @@ def _fold_bias(block: AttentionBlock, arrays: Mapping[str, Array]) -> Array:
     seen = np.repeat(value.reshape(block.groups, -1), block.heads // block.groups, axis=0).ravel()
     weight = block.output.view(arrays[block.output.weight], block.heads).astype(np.float64)
     bias = arrays[block.output.bias]
-    return (bias.astype(np.float64) + weight @ seen).astype(bias.dtype)
+    return _round(bias.astype(np.float64) + weight @ seen, bias.dtype)
 
 
 # ---- what less rank costs -----------------------------------------------------------------------
@@ -424,7 +438,9 @@ def irc_curve(block: AttentionBlock, arrays: Mapping[str, Array], threads: int =
         squared = _core.irc_spectrum(heads, threads)
         r = np.arange(head_dim + 1)
         stored = r * per_group * query_cols + r * (cols - (r if gauge else 0))
-    start = int(stored[-1]) * block.groups if gauge else dense
+    if not gauge:  # at the whole rank nothing is folded
+        stored[-1] = dense // block.groups
+    start = int(stored[-1]) * block.groups
     return _curve(block, squared, float(squared.sum()), stored, dense, start)
 
 
@@ -438,9 +454,11 @@ def dwc_curve(block: AttentionBlock, arrays: Mapping[str, Array], threads: int =
     squared, energy = _core.dwc_spectrum(heads, threads)
     k = np.arange(head_dim + 1)
     stored = k * cols + kept_bias
-    # from this rank on the whole remainder is smaller than its factors
+    # from some rank on the whole remainder is smaller than its factors
     stored = np.minimum(stored, head_dim * (cols - head_dim) + kept_bias)
-    start = int(stored[-1]) * block.groups if gauge else dense
+    if not gauge:  # at the whole rank nothing is folded
+        stored[-1] = dense // block.groups
+    start = int(stored[-1]) * block.groups
     return _curve(block, squared, float(energy.sum()), stored, dense, start)
 
 

@@ -1,7 +1,7 @@
 """The command line: ``foldprune compress|decompress|inspect|verify|demo``.
 
-Results go to standard output, progress, warnings and errors to standard error. Exit codes: 0 fine, 1 the
-verification failed, 2 wrong usage or an error, 130 interrupted.
+Results go to standard output; progress, warnings and errors to standard error. Exit codes: 0 fine,
+1 the verification failed, 2 wrong usage or an error, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from .errors import FoldpruneWarning
 
 if TYPE_CHECKING:
     from .compressed import Compressed
@@ -28,11 +30,12 @@ _PIPE_CLOSED = 141  # 128 + SIGPIPE
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code. Wrong usage leaves through argparse's SystemExit(2)."""
+    """Runs one command and returns its exit code; wrong usage is argparse's SystemExit(2)."""
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("always", FoldpruneWarning)
             warnings.showwarning = _show_warning
             code = run(args)
         sys.stdout.flush()
@@ -60,7 +63,7 @@ def _compress(args: argparse.Namespace) -> int:
         **_how(args),
         config=args.config,
         num_heads=args.num_heads,
-        progress=_shows_progress(args),
+        progress=sys.stderr.isatty() and not args.quiet,
         threads=args.threads,
     )
     compressed.save(args.destination, max_shard_bytes=args.max_shard_bytes)
@@ -115,7 +118,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     how = _how(args)
     variants = {args.recipe or f"rate {args.rate:g}": how} if how else demo.VARIANTS
-    outcomes = demo.run(variants, progress=_shows_progress(args))
+    outcomes = demo.run(variants, progress=sys.stderr.isatty())
     if args.json:
         _print_json(
             {"model": demo.PACKAGE, "outcomes": [outcome.to_dict() for outcome in outcomes]}
@@ -129,7 +132,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:
-    """The rate or recipe among the arguments, as ``compress`` takes it; empty where neither was given."""
+    """The rate or recipe that was given, as keyword arguments of ``compress``."""
     if args.recipe is not None:
         return {"recipe": _read_recipe(args.recipe)}
     return {} if args.rate is None else {"rate": args.rate}
@@ -165,9 +168,9 @@ def _check_destination(source: str, destination: str, *, folder: bool) -> None:
 
 
 def _write_dense(compressed: Compressed, path: str) -> None:
-    """The dense state dict, atomically. Tied names stay one tensor in a torch file; safetensors has no ties, so
-    there each of them is written out and the file loads strictly all the same."""
-    from .container import _write
+    """The dense state dict, atomically. Tied names stay one tensor in a torch file; safetensors has
+    no ties, so there each of them is written out, and the file loads strictly all the same."""
+    from .container import write_atomically
 
     if path.endswith(_TORCH_SUFFIXES):
         try:
@@ -177,7 +180,7 @@ def _write_dense(compressed: Compressed, path: str) -> None:
                 f"writing {path} needs PyTorch: pip install 'foldprune[torch]'"
             ) from None
         tensors = compressed.state_dict("torch")
-        _write(path, lambda temporary: torch.save(tensors, temporary))
+        write_atomically(path, lambda temporary: torch.save(tensors, temporary))
     else:
         import numpy as np
         from safetensors.numpy import save_file
@@ -185,11 +188,7 @@ def _write_dense(compressed: Compressed, path: str) -> None:
         arrays = {
             name: np.asarray(a, order="C") for name, a in compressed.state_dict("numpy").items()
         }
-        _write(path, lambda temporary: save_file(arrays, temporary, {"format": "pt"}))
-
-
-def _shows_progress(args: argparse.Namespace) -> bool:
-    return sys.stderr.isatty() and not args.quiet
+        write_atomically(path, lambda temporary: save_file(arrays, temporary, {"format": "pt"}))
 
 
 def _summary(path: str, compressed: Compressed) -> dict[str, Any]:
@@ -202,7 +201,7 @@ def _print_json(values: dict[str, Any]) -> None:
     print(json.dumps(json.loads(text, parse_constant=lambda constant: None)))
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"foldprune: warning: {message}", file=sys.stderr)
 
 
@@ -235,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         "destination", metavar="DST", help="the compressed file (or folder of shards)"
     )
     _add_how(compress)
+    compress.add_argument("--quiet", action="store_true", help="no progress and no report")
     compress.add_argument(
         "--config", metavar="PATH", help="the model's config.json (default: the one beside SRC)"
     )
@@ -293,7 +293,6 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help=f"{', '.join(_PRESETS)}, or a JSON file of a recipe's fields",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress and no report")
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:

@@ -26,10 +26,11 @@ from .compressed import Compressed
 from .encodings import Array, Encoding, describe, restore
 from .errors import FormatError
 from .files import read_safetensors
+from .options import resolve_threads
 from .recipe import Recipe
 from .report import Report
 
-__all__ = ["VERSION", "load", "save"]
+__all__ = ["VERSION", "load", "save", "write_atomically"]
 
 VERSION = 1
 INDEX = "foldprune.safetensors.index.json"
@@ -42,11 +43,11 @@ def save(compressed: Compressed, path: str, max_shard_bytes: int | None = None) 
     described = []
     for name, encoding in compressed.encodings.items():
         own = {_part_name(name, part): array for part, array in encoding.parts().items()}
-        if clash := set(own) & set(parts):
+        if clash := set(own) & {*parts, "__metadata__"}:
             raise FormatError(
                 f"the names {sorted(clash)} cannot be told apart in a file; rename them"
             )
-        parts |= {name: np.ascontiguousarray(array) for name, array in own.items()}
+        parts |= {name: np.asarray(array, order="C") for name, array in own.items()}
         described.append(
             {
                 "name": name,
@@ -73,7 +74,7 @@ def save(compressed: Compressed, path: str, max_shard_bytes: int | None = None) 
             raise IsADirectoryError(
                 f"{path} is a folder; pass max_shard_bytes= to write shards into it"
             )
-        _write(path, lambda temporary: save_file(parts, temporary, metadata))
+        write_atomically(path, lambda temporary: save_file(parts, temporary, metadata))
     else:
         _save_shards(parts, metadata, path, max_shard_bytes)
 
@@ -84,8 +85,6 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Compres
     Tensors stay packed in memory and are unpacked when read. Raises FormatError (a ValueError) if
     the file is damaged, truncated or of a newer version, OSError if it cannot be read.
     """
-    from .api import resolve_threads
-
     path = os.fspath(path)
     if os.path.isdir(path):
         path = os.path.join(path, INDEX)
@@ -161,7 +160,7 @@ def _crc(array: Array) -> int:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def _write(path: str, write: Any) -> None:
+def write_atomically(path: str, write: Any) -> None:
     """Calls write(temporary path), then puts the result in place atomically."""
     folder = os.path.dirname(os.path.abspath(path))
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{secrets.token_hex(6)}.tmp")
@@ -214,7 +213,7 @@ def _save_shards(
     old = _shards_of(index)
     for i, shard in enumerate(shards, 1):
         file = f"foldprune-{token}-{i:05}-of-{len(shards):05}.safetensors"
-        _write(
+        write_atomically(
             os.path.join(folder, file), lambda temporary, shard=shard: save_file(shard, temporary)
         )
         weight_map |= dict.fromkeys(shard, file)
@@ -223,7 +222,7 @@ def _save_shards(
         with open(temporary, "w", encoding="utf-8") as stream:
             json.dump({"metadata": metadata, "weight_map": weight_map}, stream)
 
-    _write(index, write_index)
+    write_atomically(index, write_index)
     for file in old - set(weight_map.values()):
         if os.path.exists(stale := os.path.join(folder, file)):
             os.unlink(stale)

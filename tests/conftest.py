@@ -47,8 +47,8 @@ def minilm_state(minilm_folder: Path) -> dict[str, np.ndarray]:
 
 
 def _randomise(model: Any, seed: int) -> Any:
-    """Every weight, bias and gain random, so that nothing is hidden behind a zero or a one; outputs are of
-    order one."""
+    """Every weight, bias and gain random, so that nothing is hidden behind a zero or a one; outputs
+    are of order one."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ def _randomise(model: Any, seed: int) -> Any:
             if parameter.ndim == 2:
                 fan_in = shape[0] if ".c_" in name else shape[1]  # Conv1D is (in x out)
                 parameter.copy_(noise / fan_in**0.5)
-            elif "norm" in name.lower() and name.endswith("weight") or ".ln_" in name:
+            elif (name.endswith("weight") and "norm" in name.lower()) or ".ln_" in name:
                 parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.3 * noise)
             else:
                 parameter.copy_(0.5 * noise)
@@ -107,8 +107,8 @@ def _family(name: str) -> Any:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Any]:
-    """make_model(name, seed=0): a random model in float32 and eval mode. Names: bert, roberta, gpt2, llama[-gqa,
-    -mqa, -bias, -tied, -wide], mistral, qwen2, qwen3."""
+    """make_model(name, seed=0): a random model in float32 and eval mode. Names: bert, roberta,
+    gpt2, llama[-gqa, -mqa, -bias, -tied, -wide], mistral, qwen2, qwen3."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     return lambda name, seed=0: _randomise(_family(name), seed)

@@ -1,7 +1,7 @@
 """Float64 NumPy references, written from the definitions of the methods and of the format.
 
-Nothing here calls the C core or the package's own decoding: masks come from a stable argsort, folds from
-NumPy's SVD, and attention from the stored parts of a compressed checkpoint.
+Nothing here calls the C core or the package's own decoding: masks come from a stable argsort, folds
+from NumPy's SVD, and attention from the stored parts of a compressed checkpoint.
 """
 
 from __future__ import annotations
@@ -77,15 +77,36 @@ def unbits(mask: Array, shape: tuple[int, ...]) -> Array:
 # ---- folds --------------------------------------------------------------------------------------
 
 
+def input_scale(gain: Array) -> Array:
+    """What a normalisation with this gain puts out, per column: |gain|, no less than a thousandth
+    of the largest."""
+    size = np.abs(gain.astype(np.float64))
+    return np.maximum(size, 1e-3 * size.max())
+
+
 def products(
-    left: Array, left_bias: Array | None, right: Array, heads: int, groups: int
+    left: Array,
+    left_bias: Array | None,
+    right: Array,
+    heads: int,
+    groups: int,
+    left_scale: Array | None = None,
+    right_scale: Array | None = None,
 ) -> list[Array]:
-    """M of every group: [left bias]^T right of each of its heads, stacked: (per_group * n) x d."""
+    """M of every group: [left bias]^T right of each of its heads, stacked: (per_group * n) x d.
+
+    The scales weigh the columns of left (not its bias) and of right.
+    """
     left = left.astype(np.float64)
+    if left_scale is not None:
+        left = left * left_scale
     if left_bias is not None:
         left = np.concatenate([left, left_bias.astype(np.float64)[:, None]], axis=1)
     left = left.reshape(heads, -1, left.shape[1])
-    right = right.astype(np.float64).reshape(groups, -1, right.shape[1])
+    right = right.astype(np.float64)
+    if right_scale is not None:
+        right = right * right_scale
+    right = right.reshape(groups, -1, right.shape[1])
     per_group = heads // groups
     return [
         np.concatenate([left[j * per_group + i].T @ right[j] for i in range(per_group)])
@@ -122,8 +143,12 @@ def plane_scores(
     heads: int,
     groups: int,
     pairing: str,
+    left_scale: Array | None = None,
+    right_scale: Array | None = None,
 ) -> Array:
     """|q_p|^2 |k_p|^2 of every plane, query heads of a group summed: groups x head_dim / 2."""
+    left = left if left_scale is None else left.astype(np.float64) * left_scale
+    right = right if right_scale is None else right.astype(np.float64) * right_scale
 
     def by_head(w: Array, b: Array | None, count: int) -> Array:
         w = w.astype(np.float64)
@@ -248,6 +273,9 @@ class Stored:
         assert self.kind == "planes" and self.params["pairing"] == pairing
         out: list[dict[int, Array]] = []
         values, at, plane = self.parts["values"].astype(np.float64), 0, 0
+        half = self.shape[0] // count // 2
+        # no list: every head keeps all
+        where = self.parts.get("planes", np.tile(np.arange(half), count))
         for rank in self.parts["ranks"].tolist():
             head = {}
             for _ in range(rank):
@@ -259,7 +287,7 @@ class Stored:
                     free[pivot] = False
                 size = 2 * int(free.sum())
                 pair[:, free] = values[at : at + size].reshape(2, -1)
-                head[int(self.parts["planes"][plane])] = pair
+                head[int(where[plane])] = pair
                 at, plane = at + size, plane + 1
             out.append(head)
         assert at == values.size and len(out) == count

@@ -26,14 +26,16 @@ RECIPES = {
 
 def digest(state: dict[Any, Any]) -> dict[Any, bytes]:
     return {
-        name: np.asarray(value).tobytes() for name, value in state.items() if hasattr(value, "shape")
+        name: np.asarray(value).tobytes()
+        for name, value in state.items()
+        if hasattr(value, "shape")
     }
 
 
 def fails(state: Any, kind: type[Exception], *words: str, **options: Any) -> str:
-    """compress raises this kind of error, its message has these words, and the state is untouched."""
+    """compress raises this kind of error, whose message has these words; the state is untouched."""
     before = digest(state) if isinstance(state, dict) else {}
-    options = {"num_heads": 4, **options} or {"rate": 0.3}
+    options = {"num_heads": 4, **options}
     with pytest.raises(kind) as error:
         foldprune.compress(state, **options)
     text = str(error.value)
@@ -86,7 +88,9 @@ def test_a_training_checkpoint_is_explained(state):
 @pytest.mark.parametrize(
     "dtype", ["object", "complex64", "complex128", "int8", "int64", "uint8", "bool", "U3", "M8[s]"]
 )
-@pytest.mark.parametrize("name", [UP, ATTENTION + "self.query.weight", "embeddings.word_embeddings.weight"])
+@pytest.mark.parametrize(
+    "name", [UP, ATTENTION + "self.query.weight", "embeddings.word_embeddings.weight"]
+)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_weights_of_other_dtypes(dtype, name, recipe, state):
     state[name] = np.zeros(state[name].shape, dtype)
@@ -101,7 +105,13 @@ def test_other_tensors_of_impossible_dtypes(dtype, state):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
-    "name", [UP, ATTENTION + "self.value.bias", "embeddings.LayerNorm.weight", ATTENTION + "self.key.weight"]
+    "name",
+    [
+        UP,
+        ATTENTION + "self.value.bias",
+        "embeddings.LayerNorm.weight",
+        ATTENTION + "self.key.weight",
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_nan_and_inf(value, name, dtype, state):
@@ -183,7 +193,13 @@ def test_impossible_heads(heads, state):
 @pytest.mark.parametrize("heads", [4.0, "4", True])
 def test_heads_of_another_type(heads, state):
     fails(state, TypeError, "num_heads", num_heads=heads)
-    fails(state, TypeError, "num_attention_heads", num_heads=None, config={"num_attention_heads": heads})
+    fails(
+        state,
+        TypeError,
+        "num_attention_heads",
+        num_heads=None,
+        config={"num_attention_heads": heads},
+    )
 
 
 def test_key_heads_that_do_not_divide():
@@ -191,7 +207,9 @@ def test_key_heads_that_do_not_divide():
     for layer in range(2):
         for name in ("k_proj", "v_proj"):
             state[f"model.layers.{layer}.self_attn.{name}.weight"] = np.ones((48, 64), np.float32)
-    fails(state, ValueError, "'model.layers.0.self_attn.k_proj.weight'")  # 4 query heads, 3 key heads
+    fails(
+        state, ValueError, "'model.layers.0.self_attn.k_proj.weight'"
+    )  # 4 query heads, 3 key heads
 
 
 @pytest.mark.parametrize("config", [3, ["a"], object()])
@@ -259,7 +277,9 @@ def test_shapes_that_disagree(name, recipe, state):
     prefix = "encoder.layer.1."
     text = fails(state, ValueError, prefix, **RECIPES[recipe])
     # names the tensor, or those that it does not fit
-    assert name in text or name.removesuffix(".weight").removesuffix(".bias") in text or "fit" in text
+    assert (
+        name in text or name.removesuffix(".weight").removesuffix(".bias") in text or "fit" in text
+    )
 
 
 @pytest.mark.parametrize("shape", [(48,), (), (48, 48, 1), (1, 48, 48), (0, 48), (48, 0), (0,)])
@@ -296,7 +316,14 @@ def test_one_dtype_for_one_fold(state):
 
 
 def test_slice_needs_its_shape():
-    fails(reference.llama_state(), ValueError, "slice", "pivot", "layers.0", recipe=Recipe(dwc="slice"))
+    fails(
+        reference.llama_state(),
+        ValueError,
+        "slice",
+        "pivot",
+        "layers.0",
+        recipe=Recipe(dwc="slice"),
+    )
 
 
 def test_overflow_in_16_bits_is_an_error_that_names_the_tensor(state):
@@ -308,7 +335,7 @@ def test_overflow_in_16_bits_is_an_error_that_names_the_tensor(state):
 
 @pytest.mark.parametrize("method", ["irc", "dwc"])
 def test_overflow_of_folded_factors_is_an_error(method):
-    """The product of query and key (value and output) can exceed the dtype: never Inf in the result."""
+    """Query times key (output times value) can exceed the dtype: never Inf in the result."""
     state = {n: a.astype(np.float16) for n, a in reference.llama_state(layers=1).items()}
     prefix = "model.layers.0.self_attn."
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -344,7 +371,7 @@ def test_damaged_files(suffix, state, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::foldprune.UnmatchedTensorWarning")
 def test_flipped_bits_in_a_dense_header(state, tmp_path):
-    """No checksum guards a plain safetensors file; what is read is still checked, and no other error escapes."""
+    """No checksum guards a plain safetensors file; still, no other kind of error escapes."""
     path = tmp_path / "model.safetensors"
     save_file(reference.bert_state(layers=1, d=16, ff=16, vocab=5), path)
     data = path.read_bytes()
@@ -429,8 +456,8 @@ def test_degenerate_weights_are_compressed(case, recipe, state):
 @pytest.mark.parametrize("scale", [1e-30, 1e20])
 @pytest.mark.parametrize("method", ["irc", "dwc"])
 def test_products_outside_the_range_of_the_dtype(method, scale, state):
-    """Query times key (output times value) can leave float32's range: refused, or exact in another way; never zero
-    or Inf under the name of lossless."""
+    """Query times key (output times value) can leave float32's range: refused, or exact in another
+    way; never zero or Inf under the name of lossless."""
     for i in range(2):
         for name in ("self.query", "self.key", "self.value", "output.dense"):
             state[f"encoder.layer.{i}.attention.{name}.weight"] *= np.float32(scale)

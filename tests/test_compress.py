@@ -95,15 +95,15 @@ def test_mixed_dtypes_keep_theirs():
             state[name] = state[name].bfloat16()
         elif "layer.2." in name:
             state[name] = state[name].double()
-    compressed = foldprune.compress(
-        state, recipe=Recipe(fpp=0.5, irc=4, dwc="pivot"), num_heads=4
-    )
+    compressed = foldprune.compress(state, recipe=Recipe(fpp=0.5, irc=4, dwc="pivot"), num_heads=4)
     dense = compressed.state_dict()
     for name, tensor in state.items():
         assert dense[name].dtype == tensor.dtype
         if tensor.ndim == 2 and compressed.report[name].group in GROUPS:
             assert compressed.report[name].method.endswith("weight")
-    methods = {compressed.report[f"encoder.layer.{i}.attention.self.query.weight"].method for i in range(3)}
+    methods = {
+        compressed.report[f"encoder.layer.{i}.attention.self.query.weight"].method for i in range(3)
+    }
     assert methods == {"IRC r=4"}
     assert foldprune.verify(state, compressed)
 
@@ -377,7 +377,9 @@ def test_scopes(scope, family):
     for name, mask in zip(names, masks, strict=True):
         want = np.where(mask, state[name], np.float32(0))
         assert reference.same_bytes(compressed[name], want), name
-        lost = 1 - (want.astype(np.float64) ** 2).sum() / (state[name].astype(np.float64) ** 2).sum()
+        lost = (
+            1 - (want.astype(np.float64) ** 2).sum() / (state[name].astype(np.float64) ** 2).sum()
+        )
         assert compressed.report[name].error == pytest.approx(lost, rel=1e-6)
 
 
@@ -388,9 +390,7 @@ def test_scopes(scope, family):
 def test_n_of_m(granularity, rate):
     state = reference.bert_state()
     n, m = map(int, granularity.split(":"))
-    compressed = foldprune.compress(
-        state, recipe=Recipe(fpp=rate, fpp_granularity=granularity)
-    )
+    compressed = foldprune.compress(state, recipe=Recipe(fpp=rate, fpp_granularity=granularity))
     for name in pruned_matrices(state, compressed):
         mask = reference.keep_nm(reference.scores(state[name]), n, m)
         assert reference.same_bytes(compressed[name], np.where(mask, state[name], np.float32(0)))
@@ -705,7 +705,11 @@ def test_the_report_adds_up(recipe):
         assert getattr(totals["model"], field) == sum(by_group.values())
     floats = [a for n, a in state.items() if a.dtype == np.float32 and n not in compressed.tied]
     assert totals["model"].numbers == sum(array.size for array in floats)
-    assert report.removed == totals["model"].removed == 1 - totals["model"].stored / totals["model"].numbers
+    assert (
+        report.removed
+        == totals["model"].removed
+        == 1 - totals["model"].stored / totals["model"].numbers
+    )
 
 
 def test_the_report_can_be_read():
@@ -795,7 +799,10 @@ def test_progress_is_told():
     for recipe in (None, Recipe.paper(), Recipe(fpp=0.5)):
         calls: list[tuple[int, int, str]] = []
         foldprune.compress(
-            state, recipe=recipe, num_heads=4, progress=lambda *call: calls.append(call)
+            state,
+            recipe=recipe,
+            num_heads=4,
+            progress=lambda *call, calls=calls: calls.append(call),
         )
         done = [call[0] for call in calls]
         assert done == sorted(done) and calls[-1][0] == calls[-1][1] > 0
@@ -891,7 +898,13 @@ assert "torch" not in sys.modules
 print(type(next(iter(state.values()))).__module__, len(state))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "dense.safetensors", tmp_path / "small.safetensors"],
+        [
+            sys.executable,
+            "-c",
+            code,
+            tmp_path / "dense.safetensors",
+            tmp_path / "small.safetensors",
+        ],
         capture_output=True,
         text=True,
         check=True,

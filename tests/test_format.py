@@ -126,7 +126,7 @@ def test_round_trip_of_everything_else(tmp_path):
     state["classifier.empty"] = np.zeros((0, 3), np.float32)
     state["classifier.float8"] = np.linspace(-2, 2, 9).astype(ml_dtypes.float8_e4m3fn)
     state["classifier.four"] = np.arange(16, dtype=np.float16).reshape(2, 2, 2, 2)
-    state["classifier.naïve ☃ \u0000 \"quoted\""] = np.ones(2, np.float32)
+    state['classifier.naïve ☃ \u0000 "quoted"'] = np.ones(2, np.float32)
     compressed = foldprune.compress(state, 0.3, num_heads=4)
     compressed.save(tmp_path / "a")
     loaded = foldprune.load(str(tmp_path / "a"))
@@ -351,7 +351,9 @@ def _set(parts: dict, name: str, index: int, value: int) -> None:
 
 CORRUPT: dict[str, Callable[[dict[str, Any], dict], Any]] = {
     "mask too short": lambda h, p: p.update({UP + "::mask": p[UP + "::mask"][:-1]}),
-    "mask too long": lambda h, p: p.update({UP + "::mask": np.append(p[UP + "::mask"], np.uint8(0))}),
+    "mask too long": lambda h, p: p.update(
+        {UP + "::mask": np.append(p[UP + "::mask"], np.uint8(0))}
+    ),
     "mask of another dtype": lambda h, p: p.update({UP + "::mask": p[UP + "::mask"].view(np.int8)}),
     "one value less": lambda h, p: p.update({UP + "::values": p[UP + "::values"][:-1]}),
     "one bit more": lambda h, p: _set(p, UP + "::mask", 0, p[UP + "::mask"][0] ^ 1),
@@ -382,7 +384,9 @@ CORRUPT: dict[str, Callable[[dict[str, Any], dict], Any]] = {
     "a name twice": lambda h, p: h["names"].append(h["names"][0]),
     "a name too few": lambda h, p: h["names"].pop(),
     "tied to nothing": lambda h, p: h["tied"].update({"lm_head.decoder.weight": "nothing"}),
-    "tied to itself": lambda h, p: h["tied"].update({"lm_head.decoder.weight": "lm_head.decoder.weight"}),
+    "tied to itself": lambda h, p: h["tied"].update(
+        {"lm_head.decoder.weight": "lm_head.decoder.weight"}
+    ),
     "no tensors": lambda h, p: h.pop("tensors"),
     "tensors of another type": lambda h, p: h.update(tensors=3),
     "unknown dtype": lambda h, p: tensor(h, UP).update(dtype="float3"),
@@ -445,7 +449,9 @@ def test_missing_shard(tmp_path):
         foldprune.load(tmp_path)
 
 
-@pytest.mark.parametrize("trick", ["../out.safetensors", "{absolute}", "sub/out.safetensors", "..", ""])
+@pytest.mark.parametrize(
+    "trick", ["../out.safetensors", "{absolute}", "sub/out.safetensors", "..", ""]
+)
 def test_the_index_cannot_point_elsewhere(trick, tmp_path):
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)
@@ -598,7 +604,7 @@ print(*seen)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("shards", [0, 100_000])
 def test_killed_at_any_moment(shards, tmp_path):
-    """kill -9 of a process that saves in a loop: the file always loads, and is one of the two versions."""
+    """kill -9 while saving in a loop: the file always loads, and is one of the two versions."""
     rounds = 20
     path = tmp_path / "model"
     done = subprocess.run(
@@ -673,5 +679,5 @@ def test_never_a_pickle(tmp_path, monkeypatch):
     with safe_open(tmp_path / "a", framework="numpy") as file:  # any safetensors reader opens it
         assert set(file.metadata()) >= {"foldprune"}
         assert json.loads(file.metadata()["foldprune"])["version"] == container_module.VERSION
-        names = list(file.keys())  # noqa: SIM118
+        names = list(file.keys())
     assert all(name.split("::")[0] in compressed for name in names)

@@ -13,7 +13,9 @@ import foldprune
 HEAVY = ("torch", "transformers", "safetensors.torch", "rich", "matplotlib")
 
 
-@pytest.mark.parametrize("module", ["foldprune", "foldprune.api", "foldprune.files", "foldprune.verify"])
+@pytest.mark.parametrize(
+    "module", ["foldprune", "foldprune.api", "foldprune.files", "foldprune.verify"]
+)
 def test_import_brings_in_no_framework(module):
     code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

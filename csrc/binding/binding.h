@@ -34,6 +34,9 @@ PyArrayObject *contiguous(PyObject *object, const char *what);
 /* 1-D contiguous array of one NumPy type. None gives NULL without an exception if allow_none. */
 int typed_vector(PyObject *object, int type, const char *what, int allow_none, PyArrayObject **out);
 
+/* O& converter: a non-negative integer that fits 64 bits. */
+int as_count(PyObject *object, void *count);
+
 /* (x, scale, col_scale or None) as a scored matrix; borrows from the tuple. */
 int scored_from(PyObject *module, PyObject *tuple, fp_scored *out);
 

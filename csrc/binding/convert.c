@@ -88,6 +88,18 @@ int typed_vector(PyObject *object, int type, const char *what, int allow_none, P
     return 0;
 }
 
+int as_count(PyObject *object, void *count)
+{
+    unsigned long long value = PyLong_AsUnsignedLongLong(object);
+    if (PyErr_Occurred()) {
+        if (PyErr_ExceptionMatches(PyExc_OverflowError))
+            PyErr_Format(PyExc_ValueError, "%R is not a count", object);
+        return 0;
+    }
+    *(uint64_t *)count = value;
+    return 1;
+}
+
 int scored_from(PyObject *module, PyObject *tuple, fp_scored *out)
 {
     PyObject *x, *col_scale;

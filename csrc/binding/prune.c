@@ -95,13 +95,13 @@ PyObject *py_select(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"scored", "k", "threads", "isa", NULL};
     PyObject *list;
-    unsigned long long k;
+    uint64_t k;
     int threads = 1;
     const char *isa = NULL;
     size_t count;
     fp_status status = FP_OK;
     fp_threshold threshold = {0, 0};
-    PARSE("OK|iz", &list, &k, &threads, &isa)
+    PARSE("OO&|iz", &list, as_count, &k, &threads, &isa)
     const fp_kernels *kernels = kernels_named(module, isa);
     fp_scored *t = kernels ? scored_list(module, list, &count) : NULL;
     if (!t)
@@ -126,15 +126,13 @@ PyObject *py_mask_threshold(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"scored", "score", "ties", "threads", "isa", NULL};
     PyObject *tuple;
-    unsigned long long ties;
     fp_threshold threshold;
     int threads = 1;
     const char *isa = NULL;
     fp_scored t;
     fp_status status = FP_OK;
     uint64_t used = 0;
-    PARSE("OdK|iz", &tuple, &threshold.score, &ties, &threads, &isa)
-    threshold.ties = ties;
+    PARSE("OdO&|iz", &tuple, &threshold.score, as_count, &threshold.ties, &threads, &isa)
     const fp_kernels *kernels = kernels_named(module, isa);
     if (!kernels || scored_from(module, tuple, &t))
         return NULL;
@@ -161,11 +159,11 @@ PyObject *py_mask_rows(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"scored", "k", "threads", NULL};
     PyObject *tuple;
-    unsigned long long k;
+    uint64_t k;
     int threads = 1;
     fp_scored t;
     fp_status status = FP_OK;
-    PARSE("OK|i", &tuple, &k, &threads)
+    PARSE("OO&|i", &tuple, as_count, &k, &threads)
     if (scored_from(module, tuple, &t))
         return NULL;
     size_t bytes = fp_mask_rows_work(&t, threads);

@@ -263,7 +263,7 @@ class _Finder:
             forward = FeedForwardBlock(
                 block.name, matrices["up"], matrices["down"], matrices.get("gate")
             )
-            self._check_feed_forward(forward)
+            self._check_feed_forward(forward, block.output.rows)
             layout.feed_forwards.append(forward)
         known = set()
         for role, matrix in matrices.items():
@@ -330,15 +330,18 @@ class _Finder:
                 f"{v.rows}x{v.cols} ({q.weight!r}, {k.weight!r}, {v.weight!r}) do not fit each "
                 "other"
             )
-        if o.cols != q.rows:
+        if o.cols != q.rows or o.rows != q.cols:
             raise TensorError(
-                f"{o.weight!r}: {o.cols} inputs do not fit the {q.rows} outputs of {q.weight!r}"
+                f"{o.weight!r}: {o.rows}x{o.cols} does not fit {q.weight!r}, {q.rows}x{q.cols}"
             )
 
     @staticmethod
-    def _check_feed_forward(block: FeedForwardBlock) -> None:
+    def _check_feed_forward(block: FeedForwardBlock, hidden: int) -> None:
         up, down, gate = block.up, block.down, block.gate
-        if down.cols != up.rows or (gate and (gate.rows, gate.cols) != (up.rows, up.cols)):
+        shapes = (up.cols, down.rows, down.cols)
+        if shapes != (hidden, hidden, up.rows) or (
+            gate and (gate.rows, gate.cols) != (up.rows, up.cols)
+        ):
             raise TensorError(
                 f"{block.name}: the shapes of {up.weight!r} ({up.rows}x{up.cols}) and "
                 f"{down.weight!r} "

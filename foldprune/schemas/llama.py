@@ -1,10 +1,10 @@
-"""LLaMA and what shares its names and its rotary position embedding: Mistral, Qwen2, SmolLM."""
+"""LLaMA and what shares its names and rotary embedding: Mistral, Qwen2 and Qwen3, SmolLM."""
 
 from .schema import Attention, FeedForward, Forbidden, Schema, Slot
 
 LLAMA = Schema(
     name="llama",
-    model_types=("llama", "mistral", "qwen2"),
+    model_types=("llama", "mistral", "qwen2", "qwen3"),
     block=r"layers\.(\d+)\.",
     attention=Attention(
         query=Slot("self_attn.q_proj"),

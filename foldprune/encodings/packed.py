@@ -1,0 +1,90 @@
+"""Pruned tensors: a bit mask and the kept values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .. import _core
+from ..errors import FormatError
+from .base import WEIGHT_DTYPES, Array, Parts, in_range, part
+
+__all__ = ["Packed"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Bit mask and kept values.
+
+    ``mask`` has a bit per ``block`` (rows, columns) of the (out x in) matrix, row-major, least
+    significant bit first; ``values`` are the kept elements in row-major order. ``transposed``: the
+    tensor is stored (in x out).
+    """
+
+    matrix_shape: tuple[int, int]
+    mask: Array
+    values: Array
+    block: tuple[int, int] = (1, 1)
+    transposed: bool = False
+    kind: ClassVar[str] = "packed"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.matrix_shape[::-1] if self.transposed else self.matrix_shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.values.dtype
+
+    @property
+    def numbers(self) -> int:
+        return int(self.values.size)
+
+    def element_mask(self, threads: int = 1) -> Array:
+        if self.block == (1, 1):
+            return self.mask
+        return _core.mask_blocks(self.mask, *self.matrix_shape, *self.block, threads)
+
+    def unpack(self, threads: int = 1) -> Array:
+        matrix = _core.unpack(self.values, self.element_mask(threads), self.matrix_shape, threads)
+        return np.ascontiguousarray(matrix.T) if self.transposed else matrix
+
+    def parts(self) -> Parts:
+        return {"mask": self.mask, "values": self.values}
+
+    def params(self) -> dict[str, Any]:
+        params: dict[str, Any] = {}
+        if self.block != (1, 1):
+            params["block"] = list(self.block)
+        if self.transposed:
+            params["transposed"] = True
+        return params
+
+    @classmethod
+    def restore(
+        cls, shape: tuple[int, ...], dtype: np.dtype[Any], params: Mapping[str, Any], parts: Parts
+    ) -> Packed:
+        transposed = bool(params.get("transposed", False))
+        if len(shape) != 2:
+            raise FormatError(f"a packed tensor has two dimensions, not {len(shape)}")
+        rows, cols = shape[::-1] if transposed else shape
+        block = params.get("block", [1, 1])
+        if not isinstance(block, list) or len(block) != 2:
+            raise FormatError("packed: 'block' is a pair of sizes")
+        block_rows, block_cols = (in_range(b, 1, 1 << 40, "block") for b in block)
+        bits = -(-rows // block_rows) * -(-cols // block_cols)
+        mask = part(parts, "mask", np.dtype("u1"), ((bits + 7) // 8,))
+        values = part(parts, "values", dtype, (None,))
+        if dtype not in WEIGHT_DTYPES:
+            raise FormatError(f"packed: values cannot be {dtype}")
+        packed = cls((rows, cols), mask, values, (block_rows, block_cols), transposed)
+        try:
+            kept = _core.mask_count(packed.element_mask(), rows * cols)
+        except ValueError as error:
+            raise FormatError(f"packed: {error}") from None
+        if kept != values.size:
+            raise FormatError(f"packed: the mask keeps {kept} elements, {values.size} are stored")
+        return packed

@@ -1,0 +1,505 @@
+"""One call of ``compress``: reads the model, applies the methods to its tensors, collects the
+results.
+
+The methods themselves are in attention.py and prune.py; how a rate is spread over them in
+spread.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import _core, attention, schemas, tensors
+from .compressed import Compressed
+from .encodings import Array, Dense, Encoding, Fused, nbytes
+from .errors import (
+    FoldpruneWarning,
+    ModelError,
+    TensorError,
+    TensorTypeError,
+    UnmatchedTensorWarning,
+)
+from .options import Progress, reporter, resolve_config
+from .prune import Pruned, Target, energy, prune, prune_below, prune_neurons
+from .recipe import Granularity, Recipe
+from .report import Report, Row
+from .schemas.layout import AttentionBlock, Layout, Matrix, find_layout, generic_layout
+from .spread import Option, choose, fill
+
+__all__ = ["Job"]
+
+
+@dataclass
+class _Result:
+    """What became of one tensor."""
+
+    encoding: Encoding
+    method: str
+    error: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Job:
+    """One call of ``compress``: what is known about the model, and what has been settled so far.
+
+    ``segments`` collects the folded parts of a tensor until all are there; ``replaced`` holds new
+    output projections (out x in) and biases of DWC, which pruning then starts from.
+    """
+
+    checkpoint: tensors.Checkpoint
+    layout: Layout
+    progress: Progress
+    threads: int
+    results: dict[str, _Result] = field(default_factory=dict)
+    segments: dict[str, dict[int, Encoding]] = field(default_factory=dict)
+    methods: dict[str, list[str]] = field(default_factory=dict)
+    errors: dict[str, list[float]] = field(default_factory=dict)
+    replaced: dict[str, Array] = field(default_factory=dict)
+    col_scales: dict[str, Array] = field(default_factory=dict)
+    tensor_notes: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    done: int = 0
+
+    @classmethod
+    def begin(
+        cls,
+        source: Any,
+        recipe: Recipe | None,
+        config: Any,
+        num_heads: int | None,
+        progress: Progress | bool | None,
+        threads: int,
+    ) -> Job:
+        checkpoint = tensors.read(source)
+        settled = resolve_config(config)
+        settled = checkpoint.config if settled is None else settled
+        arrays = checkpoint.arrays
+        folds = recipe is None or recipe.folds
+        try:
+            layout = find_layout(arrays, schemas.known(), settled, num_heads, need_heads=folds)
+        except (ModelError, TensorError) as error:
+            if folds:
+                raise
+            layout = generic_layout(arrays)
+            layout.notes.append(f"no schema was used because: {error}")
+            warnings.warn(layout.notes[0], UnmatchedTensorWarning, stacklevel=3)
+        if recipe is not None:
+            recipe.check_overrides(checkpoint.names)
+        job = cls(checkpoint, layout, reporter(progress), threads)
+        job.notes = [*checkpoint.notes, *layout.notes]
+        job.check_tensors()
+        return job
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        return self.checkpoint.arrays
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        warnings.warn(text, FoldpruneWarning, stacklevel=3)
+
+    def check_tensors(self) -> None:
+        """Everything that will be read is sound, before anything is computed."""
+        for name, array in self.arrays.items():
+            group = self.layout.groups[name]
+            if tensors.is_weight_dtype(array.dtype):
+                contiguous = np.ascontiguousarray(array)
+                if not _core.all_finite(contiguous, self.threads):
+                    raise TensorError(
+                        f"{name!r} holds NaN or Inf; a checkpoint must be finite to be "
+                        "compressed. Find the "
+                        "step that broke it, or replace the values (numpy.nan_to_num)"
+                    )
+            elif group != "other" and not tensors.is_extension_float(array.dtype):
+                raise TensorTypeError(
+                    f"{name!r}: {array.dtype} weights are not supported; convert them to float32, "
+                    "float16 or bfloat16 (quantised checkpoints: dequantise first)"
+                )
+            elif group != "other":
+                self.notes.append(f"{name}: {array.dtype} passes through untouched")
+
+    # ---- folds ----------------------------------------------------------------------------------
+
+    def fold_query_key(self, block: AttentionBlock, ranks: int | Array | None, method: str) -> bool:
+        """IRC on one block; False (with the reason noted) where it is invalid or would not be
+        smaller."""
+        reason = self._refusal(block, "irc", block.query, exact=ranks is None)
+        if reason is None:
+            matrices = {"query": block.query, "key": block.key}
+            try:
+                fold = attention.irc(block, self.arrays, ranks, self.threads)
+            except attention.OutOfRange as error:
+                reason = str(error)
+            else:
+                if self._smaller(fold, matrices):
+                    self._keep(fold, matrices, method)
+                    return True
+                reason = "the folded form would not be smaller"
+        self._refuse((block.query, block.key), f"IRC left out: {reason}")
+        return False
+
+    def fold_value(self, block: AttentionBlock, mode: str | int | Array, method: str) -> bool:
+        """DWC on one block, as above."""
+        reason = self._refusal(
+            block, "dwc", block.value, exact=isinstance(mode, str) and mode == "lossless"
+        )
+        if reason is None:
+            try:
+                fold = attention.dwc(block, self.arrays, mode, self.threads)
+            except attention.OutOfRange as error:
+                reason = str(error)
+            else:
+                if self._smaller(fold, {"value": block.value}):
+                    self._keep(fold, {"value": block.value}, method)
+                    self._replace_output(block, fold, method)
+                    return True
+                reason = "the folded form would not be smaller"
+        self._refuse((block.value,), f"DWC left out: {reason}")
+        return False
+
+    def _refusal(
+        self, block: AttentionBlock, method: str, matrix: Matrix, exact: bool
+    ) -> str | None:
+        if method in block.forbidden:
+            return block.forbidden[method]
+        dtype = self.arrays[matrix.weight].dtype
+        if exact and not attention.exact_in(dtype):
+            return (
+                f"in {dtype} a change of gauge would re-round every weight, which is not lossless"
+            )
+        if tensors.is_extension_float(dtype) and not tensors.is_weight_dtype(dtype):
+            return f"{dtype} weights pass through untouched"
+        return None
+
+    def _refuse(self, matrices: Sequence[Matrix], text: str) -> None:
+        for matrix in matrices:
+            self.tensor_notes.setdefault(matrix.weight, []).append(text)
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _smaller(self, fold: attention.Fold, matrices: Mapping[str, Matrix]) -> bool:
+        before = after = 0
+        for role, matrix in matrices.items():
+            before += matrix.rows * matrix.cols * self.arrays[matrix.weight].dtype.itemsize
+            after += nbytes(fold.weights[role])
+        return after < before
+
+    def _keep(self, fold: attention.Fold, matrices: Mapping[str, Matrix], method: str) -> None:
+        for role, matrix in matrices.items():
+            pairs = [(matrix.weight, fold.weights[role])]
+            if matrix.bias is not None:
+                pairs.append((matrix.bias, fold.biases[role]))
+            for name, encoding in pairs:
+                self.segments.setdefault(name, {})[matrix.slot.part] = encoding
+                self.methods.setdefault(name, []).append(method)
+                self.errors.setdefault(name, []).append(fold.error)
+
+    def _replace_output(self, block: AttentionBlock, fold: attention.Fold, method: str) -> None:
+        assert fold.output is not None and fold.output_scale is not None
+        name = block.output.weight
+        self.replaced[name] = fold.output
+        self.col_scales[name] = fold.output_scale
+        self.methods.setdefault(name, []).append(method)
+        if fold.output_bias is not None:
+            assert block.output.bias is not None
+            self.replaced[block.output.bias] = fold.output_bias
+            self.methods.setdefault(block.output.bias, []).append(method)
+
+    def _assemble_folds(self) -> None:
+        """Tensors all or part of which were folded."""
+        slots: dict[str, list[Matrix]] = {}
+        heads: dict[str, int] = {}
+        for block in self.layout.attentions:
+            for matrix in (block.query, block.key, block.value):
+                for name in (matrix.weight, matrix.bias):
+                    if name in self.segments:
+                        slots.setdefault(name, []).append(matrix)
+                        heads[name] = block.heads
+        for name, matrices in slots.items():
+            matrices.sort(key=lambda matrix: matrix.slot.part)
+            slot = matrices[0].slot
+            transposed = slot.transposed and name == matrices[0].weight
+            if slot.parts == 1 and not transposed:
+                encoding = self.segments[name][0]
+            else:
+                pieces = [self._segment(name, matrix, heads[name]) for matrix in matrices]
+                interleave = heads[name] if slot.interleaved else 0
+                encoding = Fused(tuple(pieces), transposed, interleave)
+            method = " + ".join(dict.fromkeys(self.methods[name]))
+            self.results[name] = _Result(encoding, method, max(self.errors[name]))
+
+    def _segment(self, name: str, matrix: Matrix, heads: int) -> Encoding:
+        """A part of a fused tensor: folded, or dense where it was not."""
+        if (folded := self.segments[name].get(matrix.slot.part)) is not None:
+            return folded
+        array = self.arrays[name]
+        view = (
+            matrix.view(array, heads) if name == matrix.weight else matrix.bias_view(array, heads)
+        )
+        return Dense(np.array(view, order="C"))
+
+    # ---- pruning --------------------------------------------------------------------------------
+
+    def targets(self, groups: Sequence[str]) -> list[Target]:
+        """The matrices of these groups that can be pruned, (out x in)."""
+        out = []
+        for name, array in self.arrays.items():
+            if self.layout.groups[name] not in groups or array.ndim != 2 or not array.size:
+                continue
+            if not tensors.is_weight_dtype(array.dtype):
+                continue
+            if name in self.segments:
+                self.tensor_notes.setdefault(name, []).append("folded, so not pruned")
+                continue
+            transposed = name in self.layout.transposed
+            matrix = self.replaced.get(name)
+            if matrix is None:
+                matrix = array.T if transposed else array
+            target = Target(name, np.ascontiguousarray(matrix), transposed)
+            target.col_scale = self.col_scales.get(name)
+            out.append(target)
+        return out
+
+    def keep_pruned(self, pruned: Mapping[str, Pruned], label: str) -> None:
+        for name, result in pruned.items():
+            matrix_size = int(np.prod(result.encoding.shape))
+            share = 1 - result.encoding.numbers / matrix_size
+            method = " + ".join([*self.methods.get(name, []), f"FPP {share:.1%} {label}"])
+            self.results[name] = _Result(result.encoding, method, result.error, result.note)
+
+    def _step(self, target: Target) -> None:
+        self.done += 1
+        self.progress(self.done, len(self.arrays), target.name)
+
+    # ---- the two ways in ------------------------------------------------------------------------
+
+    def run_recipe(self, recipe: Recipe) -> None:
+        for block in self.layout.attentions:
+            if not block.heads:
+                continue
+            at = recipe.at(block.query.weight)
+            if at.irc != recipe.at(block.key.weight).irc:
+                raise ValueError(
+                    f"overrides give {block.query.weight!r} and {block.key.weight!r} different "
+                    "'irc': they "
+                    "fold together; match both"
+                )
+            if at.irc is not None:
+                ranks = None if at.irc == "lossless" else int(at.irc)
+                unit = "planes" if block.rope else "r"
+                method = "IRC lossless" if ranks is None else f"IRC {unit}={ranks}"
+                self.fold_query_key(block, ranks, method)
+            dwc = recipe.at(block.value.weight).dwc
+            if dwc is not None:
+                method = f"DWC remainder k={dwc}" if isinstance(dwc, int) else f"DWC {dwc}"
+                self.fold_value(block, dwc, method)
+            self.progress(self.done, len(self.arrays), block.name)
+        self._assemble_folds()
+        self._prune_recipe(recipe)
+
+    def _prune_recipe(self, recipe: Recipe) -> None:
+        # targets that share rate and granularity compete together
+        sets: dict[tuple[float, str], list[Target]] = {}
+        for target in self.targets(("embedding", "feed_forward", "attention_output", "qkv")):
+            at = recipe.at(target.name)
+            if at.fpp is None or self.layout.groups[target.name] not in at.fpp_on:
+                continue
+            sets.setdefault((float(at.fpp), at.fpp_granularity), []).append(target)
+        for (rate, text), targets in sets.items():
+            granularity = Granularity.parse(text)
+            if granularity.kind == "neuron":
+                targets = self._prune_neurons(targets, rate)
+                rows = [t for t in targets if self.layout.groups[t.name] == "embedding"]
+                targets = [t for t in targets if self.layout.groups[t.name] != "embedding"]
+                row_wise = prune(rows, rate, Granularity("row"), "tensor", self.threads, self._step)
+                self.keep_pruned(row_wise, "row")
+                granularity, text = Granularity("weight"), "weight"
+            if targets:
+                pruned = prune(
+                    targets, rate, granularity, recipe.fpp_scope, self.threads, self._step
+                )
+                self.keep_pruned(pruned, text)
+
+    def _prune_neurons(self, targets: list[Target], rate: float) -> list[Target]:
+        """Prunes hidden units; returns the targets that are in no feed-forward layer."""
+        by_name = {target.name: target for target in targets}
+        for block in self.layout.feed_forwards:
+            names = [m.weight for m in (block.up, block.down, block.gate) if m is not None]
+            members = [by_name.pop(name, None) for name in names]
+            if all(member is None for member in members):
+                continue
+            if any(member is None for member in members):
+                raise ValueError(
+                    f"{block.name}: fpp_granularity 'neuron' takes {', '.join(names)} together; "
+                    "an override "
+                    "leaves one of them out"
+                )
+            up, down, *gate = (member for member in members if member is not None)
+            pruned = prune_neurons(up, down, gate[0] if gate else None, rate, self.threads)
+            self.keep_pruned(pruned, "neuron")
+            for target in (up, down, *gate):
+                self._step(target)
+        left = list(by_name.values())
+        if not self.layout.feed_forwards and any(
+            self.layout.groups[target.name] == "feed_forward" for target in left
+        ):
+            raise ModelError(
+                "fpp_granularity 'neuron' needs a known architecture, to tell which rows and "
+                "columns belong "
+                "to one hidden unit"
+            )
+        return left
+
+    def run_rate(self, rate: float) -> Recipe:
+        """Spreads the rate; returns the nearest recipe with uniform fields."""
+        irc: list[tuple[AttentionBlock, Option]] = []
+        dwc: list[tuple[AttentionBlock, Option]] = []
+        folded_outputs: dict[str, attention.Fold] = {}
+        for block in self.layout.attentions:
+            if (reason := self._refusal(block, "irc", block.query, exact=False)) is None:
+                curve = attention.irc_curve(block, self.arrays, self.threads)
+                irc.append((block, Option(curve, least=1)))
+            else:
+                self._refuse((block.query, block.key), f"IRC left out: {reason}")
+            if (reason := self._refusal(block, "dwc", block.value, exact=False)) is None:
+                curve = attention.dwc_curve(block, self.arrays, self.threads)
+                dwc.append((block, Option(curve, least=0)))
+                if attention.exact_in(self.arrays[block.value.weight].dtype):
+                    # pruning sees the output projection as the fold leaves it
+                    with contextlib.suppress(attention.OutOfRange):
+                        fold = attention.dwc(block, self.arrays, "lossless", self.threads)
+                        folded_outputs[block.output.weight] = fold
+            else:
+                self._refuse((block.value,), f"DWC left out: {reason}")
+            self.progress(self.done, len(self.arrays), block.name)
+
+        recipe = Recipe()
+        targets = self.targets(recipe.fpp_on)
+        for target in targets:
+            output = folded_outputs.get(target.name)
+            if output is not None and output.output is not None:
+                target.matrix = output.output
+                target.col_scale = output.output_scale
+        self._weigh(targets)
+        histogram = _core.histogram([target.scored for target in targets], self.threads)
+        total = sum(a.size for a in self.arrays.values() if tensors.is_weight_dtype(a.dtype))
+        weights = sum(target.matrix.size for target in targets)
+        options = [option for _, option in (*irc, *dwc)]
+        choice = choose(rate, total, options, weights, histogram)
+
+        for block, option in irc:
+            if option.ranks is not None:
+                self._fold_chosen(block, option, self.fold_query_key, "IRC")
+        for block, option in dwc:
+            if option.ranks is not None:
+                self._fold_chosen(block, option, self.fold_value, "DWC")
+        self._assemble_folds()
+        folded = sum(
+            self.arrays[name].size - result.encoding.numbers
+            for name, result in self.results.items()
+        )
+        count = fill(rate, total, choice, folded, weights)
+        if count:
+            targets = self.targets(recipe.fpp_on)
+            self._weigh(targets)
+            pruned = prune_below(targets, count, self.threads, self._step)
+            self.keep_pruned(pruned, "weight")
+        folds = any(option.ranks is not None for option in options)
+        return Recipe(
+            fpp=count / weights if 0 < count < weights else None,
+            irc="lossless" if folds else None,
+            dwc="lossless" if folds else None,
+        )
+
+    def _fold_chosen(
+        self, block: AttentionBlock, option: Option, fold: Callable[..., bool], name: str
+    ) -> None:
+        ranks = option.ranks
+        assert ranks is not None
+        whole = len(option.curve.stored[0]) - 1
+        if np.all(ranks == whole):
+            lossless = None if name == "IRC" else "lossless"
+            if attention.exact_in(self.arrays[block.query.weight].dtype):
+                fold(block, lossless, f"{name} lossless")
+            return
+        span = f"{ranks.min()}" if ranks.min() == ranks.max() else f"{ranks.min()}..{ranks.max()}"
+        unit = ("planes" if block.rope else "r") if name == "IRC" else "remainder k"
+        fold(block, ranks, f"{name} {unit}={span}")
+
+    def _weigh(self, targets: Sequence[Target]) -> None:
+        """Scores become shares of each matrix's own output: |w| / ||W||."""
+        for target in targets:
+            norm = float(np.sqrt(energy(target, self.threads)))
+            target.scale = 1.0 / norm if norm > 0 else 1.0
+
+    # ---- the end --------------------------------------------------------------------------------
+
+    def finish(self, recipe: Recipe) -> Compressed:
+        rows, encodings = [], {}
+        for name in self.checkpoint.names:
+            if (source := self.checkpoint.tied.get(name)) is not None:
+                array = self.arrays[source]
+                group, method = self.layout.groups[source], f"tied to {source}"
+                rows.append(Row(name, group, method, array.shape, array.dtype.name, 0, 0, 0, 0))
+                continue
+            array = self.arrays[name]
+            result = self.results.get(name) or self._dense(name, array)
+            encodings[name] = result.encoding
+            weight = tensors.is_weight_dtype(array.dtype)
+            notes = [note for note in (result.note, *self.tensor_notes.get(name, [])) if note]
+            rows.append(
+                Row(
+                    name,
+                    self.layout.groups[name],
+                    result.method,
+                    array.shape,
+                    array.dtype.name,
+                    array.size if weight else 0,
+                    result.encoding.numbers if weight else 0,
+                    array.nbytes,
+                    nbytes(result.encoding),
+                    result.error,
+                    "; ".join(notes),
+                )
+            )
+        self.progress(len(self.arrays), len(self.arrays), "")
+        report = Report(rows, self.layout.schema, self._head_facts(), self.notes)
+        return Compressed(
+            self.checkpoint.names,
+            encodings,
+            self.checkpoint.tied,
+            report,
+            recipe,
+            self.checkpoint.framework,
+            threads=self.threads,
+        )
+
+    def _dense(self, name: str, array: Array) -> _Result:
+        """A tensor that no method changed, or only DWC's replacement. A copy: the caller may go on
+        training."""
+        method = " + ".join(self.methods.get(name, [])) or "dense"
+        replaced = self.replaced.get(name)
+        if replaced is None:
+            return _Result(Dense(np.array(array, order="C")), method)
+        if name in self.layout.transposed:
+            replaced = replaced.T
+        return _Result(Dense(np.ascontiguousarray(replaced)), method)
+
+    def _head_facts(self) -> dict[str, Any]:
+        blocks = [block for block in self.layout.attentions if block.heads]
+        if not blocks:
+            return {}
+        first = blocks[0]
+        return {
+            "heads": first.heads,
+            "key_heads": first.groups,
+            "head_dim": first.head_dim,
+            "source": self.layout.head_source,
+        }
