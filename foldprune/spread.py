@@ -103,6 +103,8 @@ def fill(rate: float, total: int, choice: Choice, folded: int, weights: int) -> 
     pruned = choice.pruned
     if pruned or abs(folded - choice.folded) > TOLERANCE * total:
         pruned = min(max(pruned + choice.folded - folded, 0), weights)
+    if not pruned and folded > choice.folded:
+        return 0  # heads of less than full rank: more went than was asked, but at no cost
     reached = folded + pruned
     if abs(reached - rate * total) > TOLERANCE * total:
         raise RateError(

@@ -326,11 +326,16 @@ def test_slice_needs_its_shape():
     )
 
 
-def test_overflow_in_16_bits_is_an_error_that_names_the_tensor(state):
+def test_a_fold_that_overflows_16_bits_is_left_out_with_the_reason(state):
     state = {name: array.astype(np.float16) for name, array in state.items()}
     for name in ("self.value", "output.dense"):
         state[f"{ATTENTION}{name}.weight"][:] = 3e4
-    fails(state, ValueError, ATTENTION + "output.dense.weight", recipe=Recipe(dwc="pivot"))
+    compressed = foldprune.compress(state, recipe=Recipe(dwc="pivot"), num_heads=4)
+    for role in ("self.value", "output.dense"):
+        name = f"{ATTENTION}{role}.weight"
+        np.testing.assert_array_equal(compressed[name], state[name])
+        assert compressed.report[name].method == "dense"
+    assert "range of float16" in compressed.report[ATTENTION + "self.value.weight"].note
 
 
 @pytest.mark.parametrize("method", ["irc", "dwc"])
