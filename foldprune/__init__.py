@@ -16,6 +16,7 @@ from .container import load
 from .errors import (
     FoldpruneError,
     FoldpruneWarning,
+    FoldRefusedWarning,
     FormatError,
     HeadSizeWarning,
     ModelError,
@@ -30,6 +31,7 @@ from .verify import Verification, verify
 
 __all__ = [
     "Compressed",
+    "FoldRefusedWarning",
     "FoldpruneError",
     "FoldpruneWarning",
     "FormatError",

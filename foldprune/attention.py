@@ -20,7 +20,7 @@ from .errors import ModelError, TensorTypeError
 from .schemas.layout import AttentionBlock, Matrix
 from .tensors import is_weight_dtype
 
-__all__ = ["Curve", "Fold", "dwc", "dwc_curve", "exact_in", "irc", "irc_curve"]
+__all__ = ["Curve", "Fold", "Refused", "dwc", "dwc_curve", "exact_in", "irc", "irc_curve"]
 
 
 @dataclass
@@ -38,17 +38,17 @@ class Fold:
     output_scale: Array | None = None
 
 
-class OutOfRange(Exception):
-    """A fold's numbers overflow the dtype, or vanish in it."""
+class Refused(Exception):
+    """The fold is invalid for this block; the message is the reason."""
 
 
 def _round(values: Array, dtype: np.dtype[Any]) -> Array:
-    """Values in the dtype; OutOfRange if that is more than rounding."""
+    """Values in the dtype; Refused if they overflow it or vanish in it."""
     with np.errstate(over="ignore", under="ignore"):
         rounded = values.astype(dtype)
     lost = np.linalg.norm(rounded.astype(np.float64) - values)
     if not lost <= 0.01 * np.linalg.norm(values):
-        raise OutOfRange(f"the folded numbers leave the range of {dtype}")
+        raise Refused(f"the folded numbers leave the range of {dtype}")
     return rounded
 
 
@@ -383,12 +383,10 @@ def _dwc_named(
     if mode == "pivot":
         return _core.dwc_select(heads, None, min(head_dim, cols), threads)
     if block.groups != block.heads or block.heads * head_dim != cols:
-        raise ModelError(
-            f"{block.name}: dwc='slice' needs as many key heads as query heads and an input of "
-            "heads x "
-            f"head size, here {block.heads} x {head_dim} query rows, {block.groups} key heads and "
-            f"{cols} "
-            "inputs; use dwc='pivot'"
+        raise Refused(
+            f"a slice needs as many key heads as query heads and {cols} query rows for {cols} "
+            f"inputs, here {block.heads} heads, {block.groups} key heads and {block.query.rows} rows; "
+            "dwc='pivot' is defined"
         )
     columns = _int32(np.arange(cols).reshape(block.groups, head_dim))
     return _core.dwc_select(heads, columns, head_dim, threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "FoldRefusedWarning",
     "FoldpruneError",
     "FoldpruneWarning",
     "FormatError",
@@ -41,6 +42,10 @@ class FormatError(FoldpruneError, ValueError):
 
 class FoldpruneWarning(UserWarning):
     """Base class of foldprune's warnings."""
+
+
+class FoldRefusedWarning(FoldpruneWarning):
+    """A fold that the recipe asks for is invalid for some tensors, which stay as they are."""
 
 
 class HeadSizeWarning(FoldpruneWarning):

@@ -20,6 +20,7 @@ from .compressed import Compressed
 from .encodings import Array, Dense, Encoding, Fused, nbytes
 from .errors import (
     FoldpruneWarning,
+    FoldRefusedWarning,
     ModelError,
     TensorError,
     TensorTypeError,
@@ -65,6 +66,7 @@ class Job:
     col_scales: dict[str, Array] = field(default_factory=dict)
     tensor_notes: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     done: int = 0
 
     @classmethod
@@ -135,7 +137,7 @@ class Job:
             matrices = {"query": block.query, "key": block.key}
             try:
                 fold = attention.irc(block, self.arrays, ranks, self.threads)
-            except attention.OutOfRange as error:
+            except attention.Refused as error:
                 reason = str(error)
             else:
                 if self._smaller(fold, matrices):
@@ -153,7 +155,7 @@ class Job:
         if reason is None:
             try:
                 fold = attention.dwc(block, self.arrays, mode, self.threads)
-            except attention.OutOfRange as error:
+            except attention.Refused as error:
                 reason = str(error)
             else:
                 if self._smaller(fold, {"value": block.value}):
@@ -181,7 +183,8 @@ class Job:
     def _refuse(self, matrices: Sequence[Matrix], text: str) -> None:
         for matrix in matrices:
             self.tensor_notes.setdefault(matrix.weight, []).append(text)
-        if text not in self.notes:
+        if text not in self.refused:
+            self.refused.append(text)
             self.notes.append(text)
 
     def _smaller(self, fold: attention.Fold, matrices: Mapping[str, Matrix]) -> bool:
@@ -301,6 +304,8 @@ class Job:
                 method = f"DWC remainder k={dwc}" if isinstance(dwc, int) else f"DWC {dwc}"
                 self.fold_value(block, dwc, method)
             self.progress(self.done, len(self.arrays), block.name)
+        for text in self.refused:
+            warnings.warn(text, FoldRefusedWarning, stacklevel=3)
         self._assemble_folds()
         self._prune_recipe(recipe)
 
@@ -373,7 +378,7 @@ class Job:
                 dwc.append((block, Option(curve, least=0)))
                 if attention.exact_in(self.arrays[block.value.weight].dtype):
                     # pruning sees the output projection as the fold leaves it
-                    with contextlib.suppress(attention.OutOfRange):
+                    with contextlib.suppress(attention.Refused):
                         fold = attention.dwc(block, self.arrays, "lossless", self.threads)
                         folded_outputs[block.output.weight] = fold
             else:

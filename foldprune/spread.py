@@ -108,8 +108,8 @@ def fill(rate: float, total: int, choice: Choice, folded: int, weights: int) -> 
     reached = folded + pruned
     if abs(reached - rate * total) > TOLERANCE * total:
         raise RateError(
-            f"rate {rate:g} cannot be met within {TOLERANCE:.1%}: the nearest that the folds' steps "
-            f"allow is {reached / total:.4f}, and the largest possible at most "
+            f"rate {rate:g} cannot be met within {TOLERANCE:.1%}: the nearest that the folds' "
+            f"steps allow is {reached / total:.4f}, and the largest possible at most "
             f"{(folded + weights) / total:.4f}"
         )
     return pruned

@@ -46,6 +46,8 @@ def _one_thread():
 def _no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error", foldprune.FoldpruneWarning)
+        # what is refused, and why, is each test's own to look at
+        warnings.simplefilter("ignore", foldprune.FoldRefusedWarning)
         yield
 
 
@@ -325,9 +327,19 @@ def test_recipe_paper(family, make_model, token_ids):
     assert report.totals["qkv"].stored == 2 * stored
 
 
-def test_paper_on_grouped_queries_is_an_error_that_says_what_to_do(make_model):
-    with pytest.raises(foldprune.ModelError, match="pivot"):
-        foldprune.compress(make_model("llama-gqa"), recipe=Recipe.paper())
+def test_paper_on_grouped_queries_keeps_values_and_says_what_to_do(make_model):
+    """A slice is not defined there: value stays as it is, everything else follows the recipe."""
+    model = make_model("llama-gqa")
+    with pytest.warns(foldprune.FoldRefusedWarning, match="pivot"):
+        compressed = foldprune.compress(model, recipe=Recipe.paper())
+    for row in compressed.report.rows:
+        if "v_proj" in row.name:
+            assert row.method == "dense"
+            assert "slice" in row.note
+            assert torch.equal(model.state_dict()[row.name], compressed.state_dict()[row.name])
+        elif "q_proj.weight" in row.name:
+            assert row.method == "IRC planes=1"
+    assert any("slice" in note for note in compressed.report.notes)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama-gqa", "qwen2"])
@@ -431,7 +443,8 @@ def test_qwen3_refuses_irc_and_says_why(source, make_model, token_ids):
     before = logits(model, token_ids)
     heads, _groups, _head_dim, _base = describe(model)
     given, extra = (model, {}) if source == "model" else (model.state_dict(), {"num_heads": heads})
-    lossless = foldprune.compress(given, recipe=Recipe.lossless(), **extra)
+    with pytest.warns(foldprune.FoldRefusedWarning, match="normalised"):
+        lossless = foldprune.compress(given, recipe=Recipe.lossless(), **extra)
     after = logits(reloaded(model, lossless.state_dict()), token_ids)
     assert (after - before).abs().max() <= ABSOLUTE
     state = model.state_dict()

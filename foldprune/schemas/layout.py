@@ -131,7 +131,9 @@ def generic_layout(arrays: Mapping[str, Array]) -> Layout:
     for name, array in arrays.items():
         if array.ndim == 2:
             is_embedding = re.search(r"(^|[._])(embed\w*|wte|wpe|shared)\.", name)
-            groups[name] = "embedding" if is_embedding else "feed_forward"
+            # integer matrices are buffers (positions, masks) unless they call themselves weights
+            if array.dtype.kind not in "iub" or name.endswith("weight"):
+                groups[name] = "embedding" if is_embedding else "feed_forward"
     note = (
         "unknown architecture: every two-dimensional weight counts as embedding (by its name) or "
         "feed-forward"
