@@ -384,9 +384,9 @@ def _dwc_named(
         return _core.dwc_select(heads, None, min(head_dim, cols), threads)
     if block.groups != block.heads or block.heads * head_dim != cols:
         raise Refused(
-            "a slice needs as many key heads as query heads, and as many query rows as inputs; here "
-            f"{block.heads} heads, {block.groups} key heads, {block.query.rows} rows, {cols} inputs "
-            "(dwc='pivot' is defined)"
+            "a slice needs as many key heads as query heads and as many query rows as inputs; "
+            f"here are {block.heads} heads, {block.groups} key heads, {block.query.rows} rows and "
+            f"{cols} inputs (dwc='pivot' is defined)"
         )
     columns = _int32(np.arange(cols).reshape(block.groups, head_dim))
     return _core.dwc_select(heads, columns, head_dim, threads)
