@@ -306,15 +306,15 @@ def dwc(
     """Diagonal weight compression of value.
 
     ``mode``: "slice", "pivot", "lossless", or the remainder's rank (one number, or one per key
-    head). Raises ModelError where a slice is not defined.
+    head). Raises Refused where a slice is not defined or the dtype's range is left.
     """
     heads = _output_heads(block, arrays)
     dtype, head_dim, groups = heads[2].dtype, block.head_dim, block.groups
-    cols = block.value.cols
+    cols, scale = block.value.cols, heads[-1]
     if isinstance(mode, str):
         left, right, pivots, ranks, error, energy = _dwc_named(block, heads, mode, threads)
         remainder_ranks = ranks if mode == "lossless" else np.zeros_like(ranks)
-        remainder = [right[j, :r, :cols] for j, r in enumerate(ranks.tolist())]
+        factors = None
     else:
         if isinstance(mode, int):
             if mode > head_dim:
@@ -324,33 +324,35 @@ def dwc(
         # where factors would not be smaller, keep the remainder itself
         whole = [Diagonal.sizes(head_dim, k, cols)[0] == 0 < k for k in mode.tolist()]
         remainder_ranks = _int32(np.where(whole, head_dim, mode))
-        left, right, pivots, ranks, error, energy, a, b = _core.dwc_remainder(
+        left, right, pivots, ranks, error, energy, *factors = _core.dwc_remainder(
             heads, remainder_ranks, threads
         )
         remainder_ranks = np.minimum(remainder_ranks, ranks)
-        remainder = [a[j, :r] @ b[j] for j, r in enumerate(ranks.tolist())]
     assert pivots is not None
 
-    scale = np.ones(cols) if heads[-1] is None else heads[-1]
     lefts, rights = [np.zeros(0)], [np.zeros(0)]
     norms = np.zeros((groups, head_dim))
+    scale = np.ones(cols) if scale is None else scale
     for j, (rank, k) in enumerate(zip(ranks.tolist(), remainder_ranks.tolist(), strict=True)):
-        free = _free(cols, pivots[j, :rank])
-        rest = remainder[j][:, free]
-        own = scale[pivots[j, :rank]] ** 2
-        norms[j, :rank] = np.sqrt(own + ((rest * scale[free]) ** 2).sum(axis=1))
+        chosen, free = pivots[j, :rank], _free(cols, pivots[j, :rank])
+        if factors is None:
+            remainder = right[j, :rank, :cols][:, free]
+        else:
+            a, b = factors[0][j, :rank], factors[1][j][:, free]
+            remainder = a @ b
         if Diagonal.sizes(rank, k, cols)[0]:
-            lefts.append(a[j, :rank, :k].ravel())
-            rights.append(b[j, :k][:, free].ravel())
+            lefts.append(a[:, :k].ravel())
+            rights.append(b[:k].ravel())
         elif k:
-            rights.append(rest.ravel())
-    chosen = [p[:r] for p, r in zip(pivots, ranks.tolist(), strict=True)]
+            rights.append(remainder.ravel())
+        squared = scale[chosen] ** 2 + ((remainder * scale[free]) ** 2).sum(axis=1)
+        norms[j, :rank] = np.sqrt(squared)
     value = Diagonal(
         groups,
         head_dim,
         cols,
         _int32(ranks),
-        _int32(np.concatenate(chosen)),
+        _int32(np.concatenate([p[:r] for p, r in zip(pivots, ranks.tolist(), strict=True)])),
         _int32(remainder_ranks),
         _round(np.concatenate(lefts), dtype),
         _round(np.concatenate(rights), dtype),
