@@ -250,13 +250,14 @@ class Job:
 
     # ---- pruning --------------------------------------------------------------------------------
 
-    def targets(self, groups: Sequence[str]) -> list[Target]:
-        """The matrices of these groups that can be pruned, (out x in)."""
+    def targets(self, recipe: Recipe) -> list[Target]:
+        """The matrices of the recipe's ``fpp_on`` that can be pruned, (out x in)."""
         out = []
         for name, array in self.arrays.items():
-            if self.layout.groups[name] not in groups or array.ndim != 2 or not array.size:
+            at = recipe.at(name)
+            if at.fpp is None or self.layout.groups[name] not in at.fpp_on:
                 continue
-            if not tensors.is_weight_dtype(array.dtype):
+            if array.ndim != 2 or not array.size or not tensors.is_weight_dtype(array.dtype):
                 continue
             if name in self.segments:
                 self.tensor_notes.setdefault(name, []).append("folded, so not pruned")
@@ -312,11 +313,9 @@ class Job:
     def _prune_recipe(self, recipe: Recipe) -> None:
         # targets that share rate and granularity compete together
         sets: dict[tuple[float, str], list[Target]] = {}
-        for target in self.targets(("embedding", "feed_forward", "attention_output", "qkv")):
+        for target in self.targets(recipe):
             at = recipe.at(target.name)
-            if at.fpp is None or self.layout.groups[target.name] not in at.fpp_on:
-                continue
-            sets.setdefault((float(at.fpp), at.fpp_granularity), []).append(target)
+            sets.setdefault((float(at.fpp or 0), at.fpp_granularity), []).append(target)
         for (rate, text), targets in sets.items():
             granularity = Granularity.parse(text)
             if granularity.kind == "neuron":
@@ -385,8 +384,8 @@ class Job:
                 self._refuse((block.value,), f"DWC left out: {reason}")
             self.progress(self.done, len(self.arrays), block.name)
 
-        recipe = Recipe()
-        targets = self.targets(recipe.fpp_on)
+        recipe = Recipe(fpp=0)  # how much is what is to be found out
+        targets = self.targets(recipe)
         for target in targets:
             output = folded_outputs.get(target.name)
             if output is not None and output.output is not None:
@@ -412,7 +411,7 @@ class Job:
         )
         count = fill(rate, total, choice, folded, weights)
         if count:
-            targets = self.targets(recipe.fpp_on)
+            targets = self.targets(recipe)
             self._weigh(targets)
             pruned = prune_below(targets, count, self.threads, self._step)
             self.keep_pruned(pruned, "weight")
