@@ -6,8 +6,8 @@ import numpy
 import scipy_openblas32
 from setuptools import Extension, setup
 
-# The library is loaded by `import scipy_openblas32` before the extension, so the extension needs no run
-# path to it: pip builds in an isolated environment whose paths are gone afterwards.
+# The library is loaded by `import scipy_openblas32` before the extension, so the extension needs
+# no run path to it: pip builds in an isolated environment whose paths are gone afterwards.
 core = Extension(
     "foldprune._core",
     sources=sorted(glob("csrc/*/*.c")),

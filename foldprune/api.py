@@ -7,7 +7,7 @@ from typing import Any
 
 from .compressed import Compressed
 from .job import Job
-from .options import Progress, resolve_threads
+from .options import Progress, reporter, resolve_threads
 from .recipe import Recipe
 
 __all__ = ["compress"]
@@ -78,11 +78,12 @@ def compress(
         raise ValueError("calibration is not supported by this version: pass None")
     if recipe is None and rate == 0:
         recipe, rate = Recipe.lossless(), DEFAULT_RATE
-    job = Job.begin(state_dict, recipe, config, num_heads, progress, resolve_threads(threads))
-    if recipe is None:
-        recipe = job.run_rate(float(rate))
-    else:
-        if rate not in (DEFAULT_RATE, recipe.fpp):
-            job.note(f"rate={rate:g} is not used: the recipe sets every method")
-        job.run_recipe(recipe)
-    return job.finish(recipe)
+    with reporter(progress) as report:
+        job = Job.begin(state_dict, recipe, config, num_heads, report, resolve_threads(threads))
+        if recipe is None:
+            recipe = job.run_rate(float(rate))
+        else:
+            if rate not in (DEFAULT_RATE, recipe.fpp):
+                job.note(f"rate={rate:g} is not used: the recipe sets every method")
+            job.run_recipe(recipe)
+        return job.finish(recipe)

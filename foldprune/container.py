@@ -166,14 +166,15 @@ def write_atomically(path: str, write: Any) -> None:
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{secrets.token_hex(6)}.tmp")
     try:
         # created here, so that an unwritable folder is an OSError whatever the writer would raise
-        with open(temporary, "xb"):
-            pass
+        with open(temporary, "xb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode & 0o777
         try:
             write(temporary)
         except OSError:
             raise
         except Exception as error:  # safetensors has its own kind for failed writes
             raise OSError(f"{path}: could not be written: {error}") from error
+        os.chmod(temporary, mode)  # safetensors makes its files private
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException:

@@ -153,7 +153,8 @@ def _read_torch(path: str) -> Mapping[Any, Any]:
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for damaged and for unsafe files
-        raise FormatError(f"{path}: torch.load(weights_only=True) refused it: {error}") from None
+        reason = str(error).partition("\n")[0]
+        raise FormatError(f"{path}: torch.load(weights_only=True) refused it: {reason}") from None
     if not isinstance(loaded, Mapping):
         raise TensorTypeError(f"{path}: expected a state dict, found {type(loaded).__name__}")
     return loaded

@@ -26,7 +26,7 @@ from .errors import (
     TensorTypeError,
     UnmatchedTensorWarning,
 )
-from .options import Progress, reporter, resolve_config
+from .options import Progress, resolve_config
 from .prune import Pruned, Target, energy, prune, prune_below, prune_neurons
 from .recipe import Granularity, Recipe
 from .report import Report, Row
@@ -76,7 +76,7 @@ class Job:
         recipe: Recipe | None,
         config: Any,
         num_heads: int | None,
-        progress: Progress | bool | None,
+        progress: Progress,
         threads: int,
     ) -> Job:
         checkpoint = tensors.read(source)
@@ -91,10 +91,10 @@ class Job:
                 raise
             layout = generic_layout(arrays)
             layout.notes.append(f"no schema was used because: {error}")
-            warnings.warn(layout.notes[0], UnmatchedTensorWarning, stacklevel=3)
+            warnings.warn("; ".join(layout.notes), UnmatchedTensorWarning, stacklevel=3)
         if recipe is not None:
             recipe.check_overrides(checkpoint.names)
-        job = cls(checkpoint, layout, reporter(progress), threads)
+        job = cls(checkpoint, layout, progress, threads)
         job.notes = [*checkpoint.notes, *layout.notes]
         job.check_tensors()
         return job

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from . import files
@@ -39,11 +40,16 @@ def resolve_config(config: Any) -> Mapping[str, Any] | None:
     )
 
 
-def reporter(progress: Progress | bool | None) -> Progress:
+@contextmanager
+def reporter(progress: Progress | bool | None) -> Iterator[Progress]:
+    """The function that progress is reported to: the caller's, a bar's, or one that does
+    nothing."""
     if callable(progress):
-        return progress
-    if progress:
+        yield progress
+    elif progress:
         from .progress import bar
 
-        return bar()
-    return lambda done, total, name: None
+        with bar() as update:
+            yield update
+    else:
+        yield lambda done, total, name: None

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 __all__ = ["bar"]
 
+Update = Callable[[int, int, str], None]
 
-def bar(description: str = "compressing") -> Callable[[int, int, str], None]:
-    """A function of (done, total, name); the bar ends when done reaches total."""
+
+@contextmanager
+def bar(description: str = "compressing") -> Iterator[Update]:
+    """A function of (done, total, name) while the bar is shown; it goes away whatever happens."""
     try:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
-        return _plain(description)
-    shown = Progress(console=Console(stderr=True), transient=True)
-    task = shown.add_task(description, total=None)
-    shown.start()
+        yield from _plain(description)
+        return
+    with Progress(console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(description, total=None)
 
+        def update(done: int, total: int, name: str) -> None:
+            text = f"{description} {name}".strip()
+            shown.update(task, completed=done, total=total, description=text)
+
+        yield update
+
+
+def _plain(description: str) -> Iterator[Update]:
     def update(done: int, total: int, name: str) -> None:
-        shown.update(task, completed=done, total=total, description=f"{description} {name}".strip())
-        if done >= total:
-            shown.stop()
+        print(f"\r{description}: {done}/{total}", end="", file=sys.stderr, flush=True)
 
-    return update
-
-
-def _plain(description: str) -> Callable[[int, int, str], None]:
-    def update(done: int, total: int, name: str) -> None:
-        end = "\n" if done >= total else ""
-        print(f"\r{description}: {done}/{total}", end=end, file=sys.stderr, flush=True)
-
-    return update
+    try:
+        yield update
+    finally:
+        print(file=sys.stderr)

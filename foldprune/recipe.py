@@ -101,12 +101,16 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.fpp_on, str):
             object.__setattr__(self, "fpp_on", (self.fpp_on,))
+        if not isinstance(self.fpp_on, Iterable):
+            raise TypeError(f"fpp_on={self.fpp_on!r}: expected a tuple of {list(GROUPS)}")
         object.__setattr__(self, "fpp_on", tuple(self.fpp_on))
         _check_rate(self.fpp)
         if unknown := [group for group in self.fpp_on if group not in GROUPS]:
             raise ValueError(f"fpp_on: unknown group(s) {unknown}; known are {list(GROUPS)}")
         if self.fpp_scope not in SCOPES:
             raise ValueError(f"fpp_scope {self.fpp_scope!r}: expected one of {list(SCOPES)}")
+        if not isinstance(self.fpp_granularity, str):
+            raise TypeError(f"fpp_granularity={self.fpp_granularity!r}: expected a string")
         granularity = Granularity.parse(self.fpp_granularity)
         if self.fpp_scope == "row" and granularity.kind not in ("weight", "nm"):
             raise ValueError("fpp_scope 'row' goes with fpp_granularity 'weight' or 'n:m'")
