@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with NumPy)
 import numpy as np
 
 from .encodings import WEIGHT_DTYPES, Array
-from .errors import FoldpruneError, TensorError, TensorTypeError
+from .errors import TensorError, TensorTypeError
 
 __all__ = ["Checkpoint", "is_weight_dtype", "read"]
 
@@ -134,9 +134,9 @@ def to_framework(array: Array, framework: str) -> Any:
     if framework == "torch":
         try:
             from .torch import tensors as adapter
-        except ImportError as error:
-            raise FoldpruneError(
+        except ImportError:
+            raise ImportError(
                 "torch is not installed here; use state_dict(framework='numpy')"
-            ) from error
+            ) from None
         return adapter.from_numpy(array)
     raise ValueError(f"unknown framework {framework!r}: 'torch' or 'numpy'")

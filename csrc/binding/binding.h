@@ -24,6 +24,14 @@ module_state *state_of(PyObject *module);
 /* Raises the exception that belongs to a status and returns NULL. */
 PyObject *raise_status(fp_status status);
 
+/* The array, or with a failed status NULL and its exception; takes the reference. */
+PyObject *array_or_raise(PyArrayObject *array, fp_status status);
+
+/* Parses args and kwargs by `names`; returns NULL from the function if they do not fit. */
+#define PARSE(format, ...)                                                                         \
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, __VA_ARGS__))                    \
+        return NULL;
+
 /* 0, or -1 with TypeError set. */
 int dtype_of(PyObject *module, PyArrayObject *array, fp_dtype *dtype);
 

@@ -10,6 +10,14 @@ PyObject *raise_status(fp_status status)
     return NULL;
 }
 
+PyObject *array_or_raise(PyArrayObject *array, fp_status status)
+{
+    if (!status)
+        return (PyObject *)array;
+    Py_DECREF(array);
+    return raise_status(status);
+}
+
 void *new_work(size_t bytes)
 {
     void *work = PyMem_RawMalloc(bytes ? bytes : 1);

@@ -162,8 +162,7 @@ PyObject *py_irc_spectrum(PyObject *module, PyObject *args, PyObject *kwargs)
     int threads = 1;
     fp_status status;
     call c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|i", names, &tuple, &threads))
-        return NULL;
+    PARSE("O|i", &tuple, &threads)
     if (call_begin(module, tuple, threads, &c))
         return NULL;
     PyArrayObject *squared = new_array(NPY_DOUBLE, 2, c.h.groups, c.h.head_dim, 0, 0);
@@ -188,9 +187,7 @@ PyObject *py_irc(PyObject *module, PyObject *args, PyObject *kwargs)
     const int32_t *ranks;
     fp_status status;
     call c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOp|i", names, &tuple, &ranks_object, &gauge,
-                                     &threads))
-        return NULL;
+    PARSE("OOp|i", &tuple, &ranks_object, &gauge, &threads)
     if (call_begin(module, tuple, threads, &c) || ranks_from(ranks_object, &c, &ranks, 1) ||
         call_outputs(&c, largest(ranks, c.h.groups, c.h.head_dim), 1, gauge)) {
         call_clear(&c);
@@ -209,8 +206,7 @@ PyObject *py_dwc_spectrum(PyObject *module, PyObject *args, PyObject *kwargs)
     int threads = 1;
     fp_status status = FP_OK;
     call c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|i", names, &tuple, &threads))
-        return NULL;
+    PARSE("O|i", &tuple, &threads)
     if (call_begin(module, tuple, threads, &c))
         return NULL;
     PyArrayObject *squared = new_array(NPY_DOUBLE, 2, c.h.groups, c.h.head_dim, 0, 0);
@@ -238,9 +234,7 @@ PyObject *py_dwc_select(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *columns;
     fp_status status;
     call c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOn|i", names, &tuple, &columns_object, &count,
-                                     &threads))
-        return NULL;
+    PARSE("OOn|i", &tuple, &columns_object, &count, &threads)
     if (call_begin(module, tuple, threads, &c))
         return NULL;
     if (typed_vector(columns_object, NPY_INT32, "columns", 1, &columns))
@@ -268,8 +262,7 @@ PyObject *py_dwc_remainder(PyObject *module, PyObject *args, PyObject *kwargs)
     const int32_t *ranks;
     fp_status status;
     call c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|i", names, &tuple, &ranks_object, &threads))
-        return NULL;
+    PARSE("OO|i", &tuple, &ranks_object, &threads)
     if (call_begin(module, tuple, threads, &c) || ranks_from(ranks_object, &c, &ranks, 0) ||
         call_outputs(&c, c.h.head_dim, 1, 1)) {
         call_clear(&c);
@@ -298,8 +291,7 @@ PyObject *py_rope_scores(PyObject *module, PyObject *args, PyObject *kwargs)
     int adjacent, threads = 1;
     fp_heads h;
     fp_status status;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Op|i", names, &tuple, &adjacent, &threads))
-        return NULL;
+    PARSE("Op|i", &tuple, &adjacent, &threads)
     if (heads_from(module, tuple, &h))
         return NULL;
     PyArrayObject *scores = new_array(NPY_DOUBLE, 2, h.groups, h.head_dim / 2, 0, 0);
@@ -309,11 +301,7 @@ PyObject *py_rope_scores(PyObject *module, PyObject *args, PyObject *kwargs)
     status = fp_rope_scores(&h, adjacent ? FP_ROPE_ADJACENT : FP_ROPE_HALF, PyArray_DATA(scores),
                             threads);
     Py_END_ALLOW_THREADS
-    if (status) {
-        Py_DECREF(scores);
-        return raise_status(status);
-    }
-    return (PyObject *)scores;
+    return array_or_raise(scores, status);
 }
 
 PyObject *py_rope(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -325,9 +313,7 @@ PyObject *py_rope(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *scores, *planes;
     fp_status status;
     call c;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OpOOp|i", names, &tuple, &adjacent,
-                                     &scores_object, &ranks_object, &gauge, &threads))
-        return NULL;
+    PARSE("OpOOp|i", &tuple, &adjacent, &scores_object, &ranks_object, &gauge, &threads)
     if (call_begin(module, tuple, threads, &c))
         return NULL;
     if (typed_vector(scores_object, NPY_DOUBLE, "scores", 0, &scores) ||

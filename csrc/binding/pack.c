@@ -1,10 +1,6 @@
 /* Packing and unpacking. */
 #include "binding.h"
 
-#define PARSE(format, ...)                                                                         \
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, __VA_ARGS__))                    \
-        return NULL;
-
 static int mask_from(const fp_kernels *kernels, PyObject *object, size_t n, PyArrayObject **mask,
                      fp_pack_plan *plan, int threads)
 {
@@ -79,11 +75,7 @@ PyObject *py_pack(PyObject *module, PyObject *args, PyObject *kwargs)
     status = fp_pack(kernels, &plan, PyArray_DATA(mask), PyArray_DATA(array),
                      (size_t)PyArray_ITEMSIZE(array), PyArray_DATA(values), threads);
     Py_END_ALLOW_THREADS
-    if (status) {
-        Py_DECREF(values);
-        return raise_status(status);
-    }
-    return (PyObject *)values;
+    return array_or_raise(values, status);
 }
 
 PyObject *py_unpack(PyObject *module, PyObject *args, PyObject *kwargs)

@@ -1,10 +1,6 @@
 /* Scores, selection, masks. */
 #include "binding.h"
 
-#define PARSE(format, ...)                                                                         \
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, format, names, __VA_ARGS__))                    \
-        return NULL;
-
 /* Bits for n elements as a fresh uint8 array. */
 static PyArrayObject *new_mask(size_t n)
 {
@@ -175,11 +171,7 @@ PyObject *py_mask_rows(PyObject *module, PyObject *args, PyObject *kwargs)
         Py_END_ALLOW_THREADS
     }
     PyMem_RawFree(work);
-    if (mask && status) {
-        Py_DECREF(mask);
-        return raise_status(status);
-    }
-    return (PyObject *)mask;
+    return mask ? array_or_raise(mask, status) : NULL;
 }
 
 PyObject *py_mask_nm(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -199,11 +191,7 @@ PyObject *py_mask_nm(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_BEGIN_ALLOW_THREADS
     status = fp_mask_nm(&t, n, m, PyArray_DATA(mask), threads);
     Py_END_ALLOW_THREADS
-    if (status) {
-        Py_DECREF(mask);
-        return raise_status(status);
-    }
-    return (PyObject *)mask;
+    return array_or_raise(mask, status);
 }
 
 PyObject *py_block_scores(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -228,11 +216,7 @@ PyObject *py_block_scores(PyObject *module, PyObject *args, PyObject *kwargs)
     status =
         fp_block_scores(&t, (size_t)block_rows, (size_t)block_cols, PyArray_DATA(scores), threads);
     Py_END_ALLOW_THREADS
-    if (status) {
-        Py_DECREF(scores);
-        return raise_status(status);
-    }
-    return (PyObject *)scores;
+    return array_or_raise(scores, status);
 }
 
 PyObject *py_mask_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -263,9 +247,5 @@ PyObject *py_mask_blocks(PyObject *module, PyObject *args, PyObject *kwargs)
     status = fp_mask_blocks(PyArray_DATA(blocks), (size_t)rows, (size_t)cols, (size_t)block_rows,
                             (size_t)block_cols, PyArray_DATA(mask), threads);
     Py_END_ALLOW_THREADS
-    if (status) {
-        Py_DECREF(mask);
-        return raise_status(status);
-    }
-    return (PyObject *)mask;
+    return array_or_raise(mask, status);
 }

@@ -14,8 +14,30 @@ from .base import Array, Parts, integer, part
 __all__ = ["Diagonal", "Planes", "Rows", "group_sizes"]
 
 
+class _HeadRows:
+    """What Rows and Planes have in common: ``values`` of heads x head_dim rows."""
+
+    heads: int
+    head_dim: int
+    cols: int | None  # None: a bias vector
+    values: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = self.heads * self.head_dim
+        return (rows,) if self.cols is None else (rows, self.cols)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.values.dtype
+
+    @property
+    def numbers(self) -> int:
+        return int(self.values.size)
+
+
 @dataclass(frozen=True)
-class Rows:
+class Rows(_HeadRows):
     """IRC: per head, fewer rows than the head has, written back as groups of identical ones.
 
     ``cols`` is None for a bias vector. With ``pivots`` (one column per stored row) each head's
@@ -30,19 +52,6 @@ class Rows:
     values: Array  # 1-D
     pivots: Array | None = None  # (sum of ranks,) int32
     kind: ClassVar[str] = "rows"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows = self.heads * self.head_dim
-        return (rows,) if self.cols is None else (rows, self.cols)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.values.dtype
-
-    @property
-    def numbers(self) -> int:
-        return int(self.values.size)
 
     def factors(self) -> list[Array]:
         """Each head's stored rows, (rank x cols) float64, identity columns filled in."""
@@ -100,7 +109,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Planes:
+class Planes(_HeadRows):
     """The kept 2-planes of every head under rotary position embedding; other planes are zero.
 
     ``planes`` lists them head by head; None: every head keeps all. ``pairing``: plane p is rows
@@ -117,19 +126,6 @@ class Planes:
     values: Array
     pivots: Array | None = None
     kind: ClassVar[str] = "planes"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows = self.heads * self.head_dim
-        return (rows,) if self.cols is None else (rows, self.cols)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.values.dtype
-
-    @property
-    def numbers(self) -> int:
-        return int(self.values.size)
 
     def unpack(self, threads: int = 1) -> Array:
         cols = 1 if self.cols is None else self.cols
