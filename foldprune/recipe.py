@@ -7,7 +7,6 @@ import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 __all__ = ["Granularity", "Recipe"]
@@ -140,8 +139,9 @@ class Recipe:
                 except re.error as error:
                     raise ValueError(f"overrides[{pattern!r}]: {error}") from None
             dataclasses.replace(self, overrides={}, **changes)  # checks the values
-        frozen = {pattern: MappingProxyType(dict(c)) for pattern, c in self.overrides.items()}
-        object.__setattr__(self, "overrides", MappingProxyType(frozen))
+        # of its own: later changes to the caller's dicts are not ours
+        own = {pattern: dict(changes) for pattern, changes in self.overrides.items()}
+        object.__setattr__(self, "overrides", own)
 
     @classmethod
     def lossless(cls) -> Recipe:

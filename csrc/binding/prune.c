@@ -69,13 +69,14 @@ PyObject *py_histogram(PyObject *module, PyObject *args, PyObject *kwargs)
     fp_scored *t = scored_list(module, list, &count);
     if (!t)
         return NULL;
-    size_t bytes = fp_histogram_work(threads);
+    size_t bytes = fp_select_work(threads);
     void *work = new_work(bytes);
     npy_intp bins = FP_HISTOGRAM_BINS;
     PyArrayObject *out = work ? (PyArrayObject *)PyArray_SimpleNew(1, &bins, NPY_UINT64) : NULL;
     if (out) {
         Py_BEGIN_ALLOW_THREADS
-        status = fp_histogram(t, count, PyArray_DATA(out), threads, work, bytes);
+        status = fp_histogram(state_of(module)->kernels, t, count, PyArray_DATA(out), threads, work,
+                              bytes);
         Py_END_ALLOW_THREADS
         if (status) {
             Py_CLEAR(out);
@@ -102,7 +103,7 @@ PyObject *py_select(PyObject *module, PyObject *args, PyObject *kwargs)
     fp_scored *t = kernels ? scored_list(module, list, &count) : NULL;
     if (!t)
         return NULL;
-    size_t bytes = fp_select_work(t, count, threads);
+    size_t bytes = fp_select_work(threads);
     void *work = new_work(bytes);
     if (work) {
         Py_BEGIN_ALLOW_THREADS

@@ -98,9 +98,10 @@ double fp_energy(const fp_scored *t, int threads);
 /* Number of elements by the upper 16 bits of their float32 score (sign bit excluded, so 15
  * exponent-and-mantissa bits: bin = bits >> 16). Histograms of several matrices add up. */
 enum { FP_HISTOGRAM_BINS = 1 << 15 };
-size_t fp_histogram_work(int threads);
-fp_status fp_histogram(const fp_scored *t, size_t count, uint64_t histogram[FP_HISTOGRAM_BINS],
-                       int threads, void *work, size_t work_bytes);
+size_t fp_select_work(int threads); /* bytes, for histograms and selection alike */
+fp_status fp_histogram(const fp_kernels *kernels, const fp_scored *t, size_t count,
+                       uint64_t histogram[FP_HISTOGRAM_BINS], int threads, void *work,
+                       size_t work_bytes);
 
 /* The score such that removing every smaller one, and the first `ties` that equal it (in order of
  * matrix and index), removes exactly k of all elements. Exact, by selection on the bits of
@@ -109,7 +110,6 @@ typedef struct fp_threshold {
     double score;
     uint64_t ties;
 } fp_threshold;
-size_t fp_select_work(const fp_scored *t, size_t count, int threads);
 fp_status fp_select(const fp_kernels *kernels, const fp_scored *t, size_t count, uint64_t k,
                     fp_threshold *out, int threads, void *work, size_t work_bytes);
 

@@ -133,13 +133,14 @@ static fp_status check_all(const fp_scored *t, size_t count, uint64_t *total, in
     return FP_OK;
 }
 
-size_t fp_histogram_work(int threads)
+size_t fp_select_work(int threads)
 {
     return (size_t)fp_clamp_threads(threads) * sizeof(counts);
 }
 
-fp_status fp_histogram(const fp_scored *t, size_t count, uint64_t histogram[FP_HISTOGRAM_BINS],
-                       int threads, void *work, size_t work_bytes)
+fp_status fp_histogram(const fp_kernels *kernels, const fp_scored *t, size_t count,
+                       uint64_t histogram[FP_HISTOGRAM_BINS], int threads, void *work,
+                       size_t work_bytes)
 {
     uint64_t total;
     int any_double;
@@ -147,11 +148,9 @@ fp_status fp_histogram(const fp_scored *t, size_t count, uint64_t histogram[FP_H
     if (status)
         return status;
     threads = fp_clamp_threads(threads);
-    if (!histogram || !work || work_bytes < fp_histogram_work(threads))
+    if (!kernels || !histogram || !work || work_bytes < fp_select_work(threads))
         return FP_ERR_ARGUMENT;
-    pass p = {.kernels = fp_kernels_default(), .workers = work};
-    if (!p.kernels)
-        return FP_ERR_ISA;
+    pass p = {.kernels = kernels, .workers = work};
     memcpy(histogram, run_pass(&p, t, count, threads, count_high),
            FP_HISTOGRAM_BINS * sizeof *histogram);
     return FP_OK;
@@ -166,13 +165,6 @@ static uint64_t locate(const uint64_t *histogram, uint64_t *rank)
     return digit;
 }
 
-size_t fp_select_work(const fp_scored *t, size_t count, int threads)
-{
-    (void)t;
-    (void)count;
-    return fp_histogram_work(threads);
-}
-
 fp_status fp_select(const fp_kernels *kernels, const fp_scored *t, size_t count, uint64_t k,
                     fp_threshold *out, int threads, void *work, size_t work_bytes)
 {
@@ -182,7 +174,7 @@ fp_status fp_select(const fp_kernels *kernels, const fp_scored *t, size_t count,
     if (status)
         return status;
     threads = fp_clamp_threads(threads);
-    if (!kernels || !out || !work || work_bytes < fp_select_work(t, count, threads))
+    if (!kernels || !out || !work || work_bytes < fp_select_work(threads))
         return FP_ERR_ARGUMENT;
     if (k > total)
         return FP_ERR_RANGE;

@@ -123,7 +123,7 @@ static void test_selection(fp_dtype dtype, size_t rows, size_t cols, int coarse,
     const fp_kernels *kernels = fp_kernels_default();
     fp_scored t = {random_matrix(dtype, n, coarse), dtype, rows, cols, 1.0, NULL};
     uint8_t *mask = exactly(fp_mask_bytes(n));
-    size_t select_bytes = fp_select_work(&t, 1, threads), mask_bytes = fp_mask_work(&t);
+    size_t select_bytes = fp_select_work(threads), mask_bytes = fp_mask_work(&t);
     void *select_work = workspace(select_bytes), *mask_work = workspace(mask_bytes);
     for (size_t step = 0; step <= 4; step++) {
         size_t k = n * step / 4;
