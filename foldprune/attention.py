@@ -82,8 +82,7 @@ def _load(
         if array is not None and not is_weight_dtype(array.dtype):
             raise TensorTypeError(
                 f"{name!r}: {array.dtype} weights cannot be folded; expected float32, float64, "
-                "float16 "
-                "or bfloat16"
+                "float16 or bfloat16"
             )
     view = matrix.view(weight, block.heads)
     return view, None if bias is None else matrix.bias_view(bias, block.heads)
@@ -94,8 +93,7 @@ def _logit_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[An
     if query[0].dtype != key[0].dtype:
         raise TensorTypeError(
             f"{block.query.weight!r} is {query[0].dtype}, {block.key.weight!r} is {key[0].dtype}: "
-            "a fold "
-            "needs one dtype; cast one of them"
+            "a fold needs one dtype; cast one of them"
         )
     # without rotation the key's bias adds a constant to each row of the softmax and drops out
     scale = input_scale(block, arrays)
@@ -108,8 +106,7 @@ def _output_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[A
     if value[0].dtype != output[0].dtype:
         raise TensorTypeError(
             f"{block.value.weight!r} is {value[0].dtype}, {block.output.weight!r} is "
-            f"{output[0].dtype}: a "
-            "fold needs one dtype; cast one of them"
+            f"{output[0].dtype}: a fold needs one dtype; cast one of them"
         )
     # rows of the softmax sum to one, so the value's bias is a constant that the output's bias
     # takes up

@@ -68,8 +68,7 @@ class Compressed(Mapping[str, Array]):
         total = self.report.totals["model"]
         return (
             f"<foldprune.Compressed: {len(self)} tensors, {total.removed:.1%} of the numbers "
-            "removed, "
-            f"{total.bytes / 1e6:.1f} -> {total.stored_bytes / 1e6:.1f} MB>"
+            f"removed, {total.bytes / 1e6:.1f} -> {total.stored_bytes / 1e6:.1f} MB>"
         )
 
     def _repr_html_(self) -> str:

@@ -154,8 +154,8 @@ def describe(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         total = outcome.compressed.report.totals["model"]
         lines.append(
-            f"{outcome.name:{width}}  {total.removed:8.2%}  {total.bytes / 1e6:7.2f}"
-            f"  {total.stored_bytes / 1e6:8.2f}  {total.bytes_removed:13.2%}  {outcome.cosine:6.4f}"
+            f"{outcome.name:{width}}  {total.removed:8.2%}  {total.bytes / 1e6:7.2f}  "
+            f"{total.stored_bytes / 1e6:8.2f}  {total.bytes_removed:13.2%}  {outcome.cosine:6.4f}"
         )
     title = f"== {len(SENTENCES)} sentences: mean cosine to the dense model's embeddings"
     return "\n\n".join([*parts, "\n".join([title, *lines])])

@@ -123,8 +123,7 @@ def _find_weights(folder: str) -> str:
         return os.path.join(folder, files[0])
     raise FileNotFoundError(
         f"{folder}: expected one of {', '.join(_FOLDER_FILES)} or a single .safetensors file, "
-        "found "
-        f"{', '.join(files) or 'none'}; pass the file itself"
+        f"found {', '.join(files) or 'none'}; pass the file itself"
     )
 
 
@@ -138,8 +137,7 @@ def _read_file(path: str) -> tuple[Mapping[Any, Any], bool]:
         return _read_torch(path), True
     raise FormatError(
         f"{path}: unknown kind of file; expected .safetensors, {', '.join(_TORCH_SUFFIXES)}, an "
-        "index "
-        "(.index.json) or a model folder"
+        "index (.index.json) or a model folder"
     )
 
 

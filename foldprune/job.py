@@ -116,8 +116,8 @@ class Job:
                 if not _core.all_finite(contiguous, self.threads):
                     raise TensorError(
                         f"{name!r} holds NaN or Inf; a checkpoint must be finite to be "
-                        "compressed. Find the "
-                        "step that broke it, or replace the values (numpy.nan_to_num)"
+                        "compressed. Find the step that broke it, or replace the values "
+                        "(numpy.nan_to_num)"
                     )
             elif group != "other" and not tensors.is_extension_float(array.dtype):
                 raise TensorTypeError(
@@ -292,8 +292,7 @@ class Job:
             if at.irc != recipe.at(block.key.weight).irc:
                 raise ValueError(
                     f"overrides give {block.query.weight!r} and {block.key.weight!r} different "
-                    "'irc': they "
-                    "fold together; match both"
+                    "'irc': they fold together; match both"
                 )
             if at.irc is not None:
                 ranks = None if at.irc == "lossless" else int(at.irc)
@@ -342,8 +341,7 @@ class Job:
             if any(member is None for member in members):
                 raise ValueError(
                     f"{block.name}: fpp_granularity 'neuron' takes {', '.join(names)} together; "
-                    "an override "
-                    "leaves one of them out"
+                    "an override leaves one of them out"
                 )
             up, down, *gate = (member for member in members if member is not None)
             pruned = prune_neurons(up, down, gate[0] if gate else None, rate, self.threads)
@@ -356,8 +354,7 @@ class Job:
         ):
             raise ModelError(
                 "fpp_granularity 'neuron' needs a known architecture, to tell which rows and "
-                "columns belong "
-                "to one hidden unit"
+                "columns belong to one hidden unit"
             )
         return left
 
@@ -429,9 +426,7 @@ class Job:
         assert ranks is not None
         whole = len(option.curve.stored[0]) - 1
         if np.all(ranks == whole):
-            lossless = None if name == "IRC" else "lossless"
-            if attention.exact_in(self.arrays[block.query.weight].dtype):
-                fold(block, lossless, f"{name} lossless")
+            fold(block, None if name == "IRC" else "lossless", f"{name} lossless")
             return
         span = f"{ranks.min()}" if ranks.min() == ranks.max() else f"{ranks.min()}..{ranks.max()}"
         unit = ("planes" if block.rope else "r") if name == "IRC" else "remainder k"

@@ -47,8 +47,7 @@ class Granularity:
             return cls("block", rows, cols)
         raise ValueError(
             f"fpp_granularity {text!r}: expected 'weight', 'neuron', 'row', 'n:m' such as '2:4', "
-            "or "
-            "'rxc' such as '4x1'"
+            "or 'rxc' such as '4x1'"
         )
 
 

@@ -161,8 +161,8 @@ class Report:
         if self.heads:
             facts.append(
                 f"architecture {self.schema}, {self.heads['heads']} heads of "
-                f"{self.heads['head_dim']}, "
-                f"{self.heads['key_heads']} key heads (from: {self.heads['source']})"
+                f"{self.heads['head_dim']}, {self.heads['key_heads']} key heads (from: "
+                f"{self.heads['source']})"
             )
         return facts + self.notes
 
@@ -176,8 +176,7 @@ class Report:
     def _repr_html_(self) -> str:
         facts = "".join(f"<li>{html.escape(fact)}</li>" for fact in self._facts())
         return (
-            f"{_html(self._total_lines())}<ul>{facts}</ul>"
-            f"<details><summary>{len(self.rows)} "
+            f"{_html(self._total_lines())}<ul>{facts}</ul><details><summary>{len(self.rows)} "
             f"tensors</summary>{_html(self._row_lines())}</details>"
         )
 

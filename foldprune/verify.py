@@ -82,8 +82,7 @@ class Verification:
         worst = max(self.tensors, key=lambda check: check.error, default=None)
         lines = [
             f"{len(promised) - len(self.failures)} of {len(promised)} tensors that were promised "
-            "to be "
-            f"lossless are; {len(self.tensors) - len(promised)} others changed"
+            f"to be lossless are; {len(self.tensors) - len(promised)} others changed"
         ]
         lines += [
             f"  NOT lossless: {check.name} ({check.method}), {check.error:.3g}"
@@ -96,8 +95,7 @@ class Verification:
         for block in self.blocks:
             lines.append(
                 f"  {block.name}: logits off by at most {block.logit_error:.3g} of "
-                f"{block.logit_scale:.3g}, output "
-                f"by {block.output_error:.3g} (relative)"
+                f"{block.logit_scale:.3g}, output by {block.output_error:.3g} (relative)"
             )
         return "\n".join(lines)
 

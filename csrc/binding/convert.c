@@ -3,10 +3,8 @@
 
 PyObject *raise_status(fp_status status)
 {
-    PyObject *type = status == FP_ERR_DTYPE ? PyExc_TypeError
-                     : status == FP_ERR_ISA ? PyExc_RuntimeError
-                                            : PyExc_ValueError;
-    PyErr_SetString(type, fp_status_text(status));
+    PyErr_SetString(status == FP_ERR_DTYPE ? PyExc_TypeError : PyExc_ValueError,
+                    fp_status_text(status));
     return NULL;
 }
 

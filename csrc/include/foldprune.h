@@ -19,8 +19,7 @@ typedef enum fp_status {
     FP_ERR_RANGE,    /* a rank, count or index outside its range */
     FP_ERR_CORRUPT,  /* packed data that contradicts its mask or sizes */
     FP_ERR_LAPACK,   /* LAPACK did not converge or refused its input */
-    FP_ERR_OVERFLOW, /* a size that does not fit size_t or LAPACK's int */
-    FP_ERR_ISA       /* a kernel variant that is not compiled in or not supported here */
+    FP_ERR_OVERFLOW  /* a size that does not fit size_t or LAPACK's int */
 } fp_status;
 
 /* A sentence for people; never NULL. */

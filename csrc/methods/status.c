@@ -19,8 +19,6 @@ const char *fp_status_text(fp_status status)
         return "LAPACK did not converge";
     case FP_ERR_OVERFLOW:
         return "a size is too large";
-    case FP_ERR_ISA:
-        return "kernel variant not available";
     }
     return "unknown status";
 }

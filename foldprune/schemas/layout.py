@@ -216,10 +216,9 @@ class _Finder:
         if unknown:
             raise ModelError(
                 f"tensors inside the blocks that the schema {self.schema.name!r} does not know, "
-                "so their "
-                f"effect on the folds is unknown: {_listed(unknown)}. Register a schema that "
-                "names them "
-                "(foldprune.schemas.register), or prune alone with recipe=Recipe(fpp=...)"
+                f"so their effect on the folds is unknown: {_listed(unknown)}. Register a schema "
+                "that names them (foldprune.schemas.register), or prune alone with "
+                "recipe=Recipe(fpp=...)"
             )
         self._find_norms(layout)
         self._find_outside(layout)
@@ -295,8 +294,7 @@ class _Finder:
         if weight not in names:
             raise ModelError(
                 f"{prefix}{weight} ({role}) is missing; the block has {_listed(sorted(names))}. A "
-                "fold "
-                "needs query, key, value and output together"
+                "fold needs query, key, value and output together"
             )
         array = self.arrays[prefix + weight]
         if array.ndim != 2:
@@ -346,8 +344,8 @@ class _Finder:
         ):
             raise TensorError(
                 f"{block.name}: the shapes of {up.weight!r} ({up.rows}x{up.cols}) and "
-                f"{down.weight!r} "
-                f"({down.rows}x{down.cols}){' and the gate' if gate else ''} do not fit each other"
+                f"{down.weight!r} ({down.rows}x{down.cols}){' and the gate' if gate else ''} do "
+                "not fit each other"
             )
 
     def _find_outside(self, layout: Layout) -> None:
@@ -414,8 +412,7 @@ def _set_heads(
             if source == "config" and config.get("head_dim") not in (None, head_dim):
                 raise ModelError(
                     f"{block.query.weight!r}: {rows} rows are not num_attention_heads={num_heads} "
-                    "times "
-                    f"head_dim={config['head_dim']} of the configuration"
+                    f"times head_dim={config['head_dim']} of the configuration"
                 )
         else:
             forward = next((f.up.rows for f in layout.feed_forwards if f.name == block.name), 0)
@@ -431,8 +428,7 @@ def _set_heads(
         ):
             raise ModelError(
                 f"{block.key.weight!r}: {rows} query rows and {key_rows} key rows do not divide "
-                "into heads "
-                f"of {head_dim}; pass num_heads= or config="
+                f"into heads of {head_dim}; pass num_heads= or config="
             )
         block.heads, block.groups = rows // head_dim, key_rows // head_dim
         if not block.groups:
@@ -441,8 +437,7 @@ def _set_heads(
         if source == "config" and expected not in (None, block.groups):
             raise ModelError(
                 f"{block.key.weight!r}: {key_rows} rows are {block.groups} key heads of "
-                f"{head_dim}, the "
-                f"configuration says num_key_value_heads={expected}"
+                f"{head_dim}, the configuration says num_key_value_heads={expected}"
             )
         if block.rope and head_dim % 2:
             block.forbidden["irc"] = f"a head of {head_dim} rows does not divide into 2-planes"
@@ -450,10 +445,9 @@ def _set_heads(
     if source == "assumed":
         message = (
             f"head size {ASSUMED_HEAD_DIM} is assumed: this state dict comes without a "
-            "configuration and "
-            "its shape is not a known one. Pass num_heads=... or config=... (a dict, a "
-            "config.json or a "
-            "folder) if that is wrong; folds are wrong with the wrong head size"
+            "configuration and its shape is not a known one. Pass num_heads=... or config=... (a "
+            "dict, a config.json or a folder) if that is wrong; folds are wrong with the wrong "
+            "head size"
         )
         layout.notes.append(message)
         warnings.warn(message, HeadSizeWarning, stacklevel=5)
