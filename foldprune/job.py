@@ -85,7 +85,14 @@ class Job:
         arrays = checkpoint.arrays
         folds = recipe is None or recipe.folds
         try:
-            layout = find_layout(arrays, schemas.known(), settled, num_heads, need_heads=folds)
+            layout = find_layout(
+                arrays,
+                schemas.known(),
+                settled,
+                num_heads,
+                need_heads=folds,
+                tied=checkpoint.tied,
+            )
         except (ModelError, TensorError) as error:
             if folds:
                 raise
@@ -433,10 +440,18 @@ class Job:
         fold(block, ranks, f"{name} {unit}={span}")
 
     def _weigh(self, targets: Sequence[Target]) -> None:
-        """Scores become shares of each matrix's own output: |w| / ||W||."""
+        """Scores become shares of each matrix's own output: |w| / ||W||.
+
+        What gives the logits counts more: its relative error is the model's own, while a block's is
+        that of one of the 2 L + 1 terms (embedding, attention and feed-forward of each of L blocks)
+        that add up to the last hidden state.
+        """
+        terms = 2 * len(self.layout.attentions) + 1
         for target in targets:
             norm = float(np.sqrt(energy(target, self.threads)))
             target.scale = 1.0 / norm if norm > 0 else 1.0
+            if target.name in self.layout.output_embeddings:
+                target.scale *= float(np.sqrt(terms))
 
     # ---- the end --------------------------------------------------------------------------------
 

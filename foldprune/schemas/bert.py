@@ -22,6 +22,7 @@ BERT = Schema(
         r"cls\.predictions\.decoder\.weight",
         r"lm_head\.decoder\.weight",
     ),
+    output_embeddings=(r"cls\.predictions\.decoder\.weight", r"lm_head\.decoder\.weight"),
     dense=(
         r"embeddings\.LayerNorm\.(weight|bias|gamma|beta)",
         r"embeddings\.(position_ids|token_type_ids)",

@@ -21,5 +21,7 @@ GPT2 = Schema(
     requires=("ln_1.weight", "ln_2.weight"),
     block_dense=(r"ln_[12]\.(weight|bias)", r"attn\.(bias|masked_bias)"),
     embeddings=(r"wte\.weight", r"wpe\.weight", r"lm_head\.weight"),
+    output_embeddings=(r"lm_head\.weight",),
+    shared_embedding=r"wte\.weight",
     dense=(r"ln_f\.(weight|bias)", r"score\.weight", r"classifier\..*"),
 )

