@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -177,6 +179,34 @@ def determinism(model: Any) -> None:
         line(name, "same" if parts[0] == parts[1] else "DIFFERENT")
 
 
+DIGEST = """
+import hashlib, sys, foldprune
+compressed = foldprune.compress(sys.argv[1], recipe=foldprune.Recipe(fpp=0.7))
+digest = hashlib.sha256()
+for encoding in compressed.encodings.values():
+    for part in encoding.parts().values():
+        digest.update(part.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def variants() -> None:
+    """Masks and packed values of FPP at 70 %, from every kernel variant that runs here."""
+    digests = {}
+    for isa, (compiled, runs) in foldprune._core.isas().items():
+        if compiled and runs:
+            done = subprocess.run(
+                [sys.executable, "-c", DIGEST, models.minilm_folder()],
+                env={**os.environ, "FOLDPRUNE_ISA": isa},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            digests[isa] = done.stdout.strip()
+    for isa, digest in digests.items():
+        line(isa, "same" if digest == digests["scalar"] else "DIFFERENT", digest[:12])
+
+
 def main() -> None:
     warnings.simplefilter("ignore", foldprune.FoldpruneWarning)
     bert, tokenizer = models.minilm()
@@ -213,6 +243,9 @@ def main() -> None:
 
     print("\nThreads 1 and 2")
     determinism(bert)
+
+    print("\nKernel variants")
+    variants()
 
 
 if __name__ == "__main__":
