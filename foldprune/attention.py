@@ -88,26 +88,29 @@ def _load(
     return view, None if bias is None else matrix.bias_view(bias, block.heads)
 
 
-def _logit_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[Any, ...]:
-    query, key = _load(block, arrays, block.query), _load(block, arrays, block.key)
-    if query[0].dtype != key[0].dtype:
+def _load_pair(
+    block: AttentionBlock, arrays: Mapping[str, Array], first: Matrix, second: Matrix
+) -> tuple[tuple[Array, Array | None], tuple[Array, Array | None]]:
+    """Both matrices and their biases; TypeError if the matrices' dtypes differ."""
+    one, other = _load(block, arrays, first), _load(block, arrays, second)
+    if one[0].dtype != other[0].dtype:
         raise TensorTypeError(
-            f"{block.query.weight!r} is {query[0].dtype}, {block.key.weight!r} is {key[0].dtype}: "
-            "a fold needs one dtype; cast one of them"
+            f"{first.weight!r} is {one[0].dtype}, {second.weight!r} is {other[0].dtype}: a fold "
+            "needs one dtype; cast one of them"
         )
+    return one, other
+
+
+def _logit_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[Any, ...]:
+    query, key = _load_pair(block, arrays, block.query, block.key)
     # without rotation the key's bias adds a constant to each row of the softmax and drops out
-    scale = input_scale(block, arrays)
     key_bias = key[1] if block.rope else None
+    scale = input_scale(block, arrays)
     return (*query, key[0], key_bias, block.heads, block.groups, scale, scale)
 
 
 def _output_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[Any, ...]:
-    value, output = _load(block, arrays, block.value), _load(block, arrays, block.output)
-    if value[0].dtype != output[0].dtype:
-        raise TensorTypeError(
-            f"{block.value.weight!r} is {value[0].dtype}, {block.output.weight!r} is "
-            f"{output[0].dtype}: a fold needs one dtype; cast one of them"
-        )
+    value, output = _load_pair(block, arrays, block.value, block.output)
     # rows of the softmax sum to one, so the value's bias is a constant that the output's bias
     # takes up
     extra = value[1] if block.output.bias is None else None

@@ -136,42 +136,50 @@ class Job:
 
     # ---- folds ----------------------------------------------------------------------------------
 
-    def fold_query_key(self, block: AttentionBlock, ranks: int | Array | None, method: str) -> bool:
-        """IRC on one block; False (with the reason noted) where it is invalid or would not be
-        smaller."""
-        reason = self._refusal(block, "irc", block.query, exact=ranks is None)
+    def fold_query_key(self, block: AttentionBlock, ranks: int | Array | None, method: str) -> None:
+        """IRC on one block; left out, with the reason noted, where it is invalid or not smaller."""
+        self._fold(
+            "IRC",
+            {"query": block.query, "key": block.key},
+            self._refusal(block, "irc", block.query, exact=ranks is None),
+            lambda: attention.irc(block, self.arrays, ranks, self.threads),
+            method,
+        )
+
+    def fold_value(self, block: AttentionBlock, mode: str | int | Array, method: str) -> None:
+        """DWC on one block, as above."""
+        exact = isinstance(mode, str) and mode == "lossless"
+        fold = self._fold(
+            "DWC",
+            {"value": block.value},
+            self._refusal(block, "dwc", block.value, exact),
+            lambda: attention.dwc(block, self.arrays, mode, self.threads),
+            method,
+        )
+        if fold is not None:
+            self._replace_output(block, fold, method)
+
+    def _fold(
+        self,
+        name: str,
+        matrices: Mapping[str, Matrix],
+        reason: str | None,
+        make: Callable[[], attention.Fold],
+        method: str,
+    ) -> attention.Fold | None:
+        """Keeps the fold, unless there is a reason not to; the fold if it was kept."""
         if reason is None:
-            matrices = {"query": block.query, "key": block.key}
             try:
-                fold = attention.irc(block, self.arrays, ranks, self.threads)
+                fold = make()
             except attention.Refused as error:
                 reason = str(error)
             else:
                 if self._smaller(fold, matrices):
                     self._keep(fold, matrices, method)
-                    return True
+                    return fold
                 reason = "the folded form would not be smaller"
-        self._refuse((block.query, block.key), f"IRC left out: {reason}")
-        return False
-
-    def fold_value(self, block: AttentionBlock, mode: str | int | Array, method: str) -> bool:
-        """DWC on one block, as above."""
-        reason = self._refusal(
-            block, "dwc", block.value, exact=isinstance(mode, str) and mode == "lossless"
-        )
-        if reason is None:
-            try:
-                fold = attention.dwc(block, self.arrays, mode, self.threads)
-            except attention.Refused as error:
-                reason = str(error)
-            else:
-                if self._smaller(fold, {"value": block.value}):
-                    self._keep(fold, {"value": block.value}, method)
-                    self._replace_output(block, fold, method)
-                    return True
-                reason = "the folded form would not be smaller"
-        self._refuse((block.value,), f"DWC left out: {reason}")
-        return False
+        self._refuse(tuple(matrices.values()), f"{name} left out: {reason}")
+        return None
 
     def _refusal(
         self, block: AttentionBlock, method: str, matrix: Matrix, exact: bool
@@ -427,7 +435,7 @@ class Job:
         )
 
     def _fold_chosen(
-        self, block: AttentionBlock, option: Option, fold: Callable[..., bool], name: str
+        self, block: AttentionBlock, option: Option, fold: Callable[..., None], name: str
     ) -> None:
         ranks = option.ranks
         assert ranks is not None

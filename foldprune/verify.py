@@ -113,21 +113,13 @@ def verify(original: Any, compressed: Compressed) -> Verification:
     before = dict(checkpoint.tensors())
     after = {name: compressed[name] for name in compressed}
     layout = _layout(checkpoint, compressed)
-    blocks = {}
+    blocks: dict[str, BlockCheck] = {}
+    owner: dict[str | None, str] = {}  # tensor, or None for an absent bias -> its block
     for block in layout.attentions if layout else []:
         if block.heads:
             blocks[block.name] = _check_block(block, before, after)
-    owner = {
-        matrix.weight: block.name
-        for block in (layout.attentions if layout else [])
-        for matrix in (block.query, block.key, block.value, block.output)
-    }
-    owner |= {
-        matrix.bias: block.name
-        for block in (layout.attentions if layout else [])
-        for matrix in (block.query, block.key, block.value, block.output)
-        if matrix.bias is not None
-    }
+        for matrix in (block.query, block.key, block.value, block.output):
+            owner[matrix.weight] = owner[matrix.bias] = block.name
     checks = [
         _check_tensor(name, row.method, before[name], after[name], blocks.get(owner.get(name, "")))
         for name, row in ((row.name, row) for row in compressed.report.rows)

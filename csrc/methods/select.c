@@ -46,8 +46,8 @@ static size_t chunk_end(const fp_scored *t, size_t item)
     return end < n ? end : n;
 }
 
-/* Bits 30..16 of every score. */
-static void count_high(void *context, size_t item, int worker)
+/* Of float32 scores, bits 30..16 (shift 16), or bits 15..0 of those with the prefix (shift 0). */
+static void count_single(void *context, size_t item, int worker)
 {
     pass *p = context;
     counts *c = &p->workers[worker];
@@ -57,26 +57,15 @@ static void count_high(void *context, size_t item, int worker)
         size_t n = end - i < FP_PIECE ? end - i : FP_PIECE;
         const float *s = fp_scores_load(p->kernels, p->t, i, n, buffer);
         reserve(c, n);
+        if (!p->shift) {
+            p->kernels->histogram_low(s, n, (uint32_t)p->prefix, c->narrow);
+            continue;
+        }
         for (size_t j = 0; j < n; j++) {
             uint32_t bits;
             memcpy(&bits, &s[j], sizeof bits);
             c->narrow[(bits >> 16) & 0x7fffu]++;
         }
-    }
-}
-
-/* Bits 15..0 of the scores whose bits 30..16 are the prefix. */
-static void count_low(void *context, size_t item, int worker)
-{
-    pass *p = context;
-    counts *c = &p->workers[worker];
-    size_t end = chunk_end(p->t, item);
-    float buffer[FP_PIECE];
-    for (size_t i = item * FP_CHUNK; i < end; i += FP_PIECE) {
-        size_t n = end - i < FP_PIECE ? end - i : FP_PIECE;
-        const float *s = fp_scores_load(p->kernels, p->t, i, n, buffer);
-        reserve(c, n);
-        p->kernels->histogram_low(s, n, (uint32_t)p->prefix, c->narrow);
     }
 }
 
@@ -150,8 +139,8 @@ fp_status fp_histogram(const fp_kernels *kernels, const fp_scored *t, size_t cou
     threads = fp_clamp_threads(threads);
     if (!kernels || !histogram || !work || work_bytes < fp_select_work(threads))
         return FP_ERR_ARGUMENT;
-    pass p = {.kernels = kernels, .workers = work};
-    memcpy(histogram, run_pass(&p, t, count, threads, count_high),
+    pass p = {.kernels = kernels, .workers = work, .shift = 16};
+    memcpy(histogram, run_pass(&p, t, count, threads, count_single),
            FP_HISTOGRAM_BINS * sizeof *histogram);
     return FP_OK;
 }
@@ -194,8 +183,10 @@ fp_status fp_select(const fp_kernels *kernels, const fp_scored *t, size_t count,
         }
         memcpy(&out->score, &bits, sizeof bits);
     } else {
-        p.prefix = locate(run_pass(&p, t, count, threads, count_high), &rank);
-        uint64_t low = locate(run_pass(&p, t, count, threads, count_low), &rank);
+        p.shift = 16;
+        p.prefix = locate(run_pass(&p, t, count, threads, count_single), &rank);
+        p.shift = 0;
+        uint64_t low = locate(run_pass(&p, t, count, threads, count_single), &rank);
         uint32_t bits = (uint32_t)(p.prefix << 16 | low);
         float score;
         memcpy(&score, &bits, sizeof bits);
