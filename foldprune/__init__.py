@@ -11,6 +11,7 @@ import scipy_openblas32 as _openblas  # noqa: F401  (loads the library that _cor
 
 from . import schemas
 from .api import compress
+from .calibration import Calibration, Moments
 from .compressed import Compressed
 from .container import load
 from .errors import (
@@ -30,6 +31,7 @@ from .report import Report, Row, Total
 from .verify import Verification, verify
 
 __all__ = [
+    "Calibration",
     "Compressed",
     "FoldRefusedWarning",
     "FoldpruneError",
@@ -37,6 +39,7 @@ __all__ = [
     "FormatError",
     "HeadSizeWarning",
     "ModelError",
+    "Moments",
     "RateError",
     "Recipe",
     "Report",

@@ -79,6 +79,10 @@ DECLARE(dwc_select);
 DECLARE(dwc_remainder);
 DECLARE(rope_scores);
 DECLARE(rope);
+DECLARE(check_rows);
+DECLARE(moments_update);
+DECLARE(square_sums);
+DECLARE(count_rows);
 #undef DECLARE
 
 #endif

@@ -49,6 +49,10 @@ static PyMethodDef methods[] = {
     METHOD(dwc_remainder),
     METHOD(rope_scores),
     METHOD(rope),
+    METHOD(check_rows),
+    METHOD(moments_update),
+    METHOD(square_sums),
+    METHOD(count_rows),
     {NULL, NULL, 0, NULL},
 };
 

@@ -19,7 +19,8 @@ typedef enum fp_status {
     FP_ERR_RANGE,    /* a rank, count or index outside its range */
     FP_ERR_CORRUPT,  /* packed data that contradicts its mask or sizes */
     FP_ERR_LAPACK,   /* LAPACK did not converge or refused its input */
-    FP_ERR_OVERFLOW  /* a size that does not fit size_t or LAPACK's int */
+    FP_ERR_OVERFLOW, /* a size that does not fit size_t or LAPACK's int */
+    FP_ERR_VALUE     /* a number that is NaN, infinite, too large, or a negative weight */
 } fp_status;
 
 /* A sentence for people; never NULL. */
@@ -219,5 +220,36 @@ fp_status fp_rope_scores(const fp_heads *h, fp_rope pairing, double *scores, int
  * that need no storing. */
 fp_status fp_rope_apply(const fp_heads *h, fp_rope pairing, const double *scores,
                         const int32_t *ranks, int32_t *planes, fp_fold_out *out, int threads);
+
+/* ---- calibration: sums over rows of activations (methods/moments.c) ------------------ *
+ * x has a row per token. Weights (NULL: 1 each) are finite and not negative; a row of weight 0 is
+ * padding, is never read and may hold anything. All other values must be finite, and |x|
+ * sqrt(weight) at most 1e150, so that squares fit. Everything is checked before anything is added:
+ * a failed call leaves the sums as they were. */
+
+typedef struct fp_row_total {
+    double weight; /* sum of the weights */
+    uint64_t rows; /* rows of weight above 0 */
+} fp_row_total;
+
+/* FP_ERR_VALUE if a row or its weight is not as above; *bad is the first such row, x->rows if there
+ * is none. */
+fp_status fp_rows_check(const fp_matrix *x, const double *weights, size_t *bad, int threads);
+
+/* second (cols x cols) += sum of weight x x^T, sum (cols) += sum of weight x. Only the lower
+ * triangle of `second` is read; the upper one is written as its mirror. Work: 0 bytes means too
+ * many columns. */
+size_t fp_moments_work(const fp_matrix *x);
+fp_status fp_moments_update(const fp_matrix *x, const double *weights, double *second, double *sum,
+                            fp_row_total *total, int threads, void *work, size_t work_bytes);
+
+/* squares (cols) += sum of weight x^2, by element. */
+fp_status fp_square_sums(const fp_matrix *x, const double *weights, double *squares,
+                         fp_row_total *total, int threads);
+
+/* counts[ids[i]] += weights[i] for all n ids; *weight is their sum. FP_ERR_RANGE if an id of weight
+ * above 0 is not in [0, rows). */
+fp_status fp_count_rows(const int64_t *ids, size_t n, const double *weights, double *counts,
+                        size_t rows, double *weight);
 
 #endif

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #define fp_dgemm scipy_dgemm_
+#define fp_dsyrk scipy_dsyrk_
 #define fp_dtrsm scipy_dtrsm_
 #define fp_dgeqrf scipy_dgeqrf_
 #define fp_dgeqp3 scipy_dgeqp3_
@@ -19,6 +20,9 @@ void fp_dgemm(const char *transa, const char *transb, const int32_t *m, const in
               const int32_t *k, const double *alpha, const double *a, const int32_t *lda,
               const double *b, const int32_t *ldb, const double *beta, double *c,
               const int32_t *ldc, size_t, size_t);
+void fp_dsyrk(const char *uplo, const char *trans, const int32_t *n, const int32_t *k,
+              const double *alpha, const double *a, const int32_t *lda, const double *beta,
+              double *c, const int32_t *ldc, size_t, size_t);
 void fp_dtrsm(const char *side, const char *uplo, const char *transa, const char *diag,
               const int32_t *m, const int32_t *n, const double *alpha, const double *a,
               const int32_t *lda, double *b, const int32_t *ldb, size_t, size_t, size_t, size_t);

@@ -19,6 +19,8 @@ const char *fp_status_text(fp_status status)
         return "LAPACK did not converge";
     case FP_ERR_OVERFLOW:
         return "a size is too large";
+    case FP_ERR_VALUE:
+        return "a number is NaN, infinite or too large, or a weight is negative";
     }
     return "unknown status";
 }
