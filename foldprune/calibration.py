@@ -392,7 +392,8 @@ class Calibration:
         return sum(array.nbytes for array in arrays)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.removesuffix(".weight") in self.names
+        known = (self._inputs, self._shared, self._row_use, self._gradients)
+        return isinstance(name, str) and any(layer_name(name) in names for names in known)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -471,8 +472,8 @@ def _rows(name: str, x: Any, mask: Any) -> tuple[Array, Array | None, int]:
         )
     if array.ndim < 2:
         raise TensorError(
-            f"{name!r}: shape {array.shape}; expected (..., d) with two dimensions or more: x[None] "
-            "makes one row of a vector"
+            f"{name!r}: shape {array.shape}; expected (..., d) with two dimensions or more: "
+            "x[None] makes one row of a vector"
         )
     if not array.size:
         raise TensorError(f"{name!r}: shape {array.shape} is empty: leave empty batches out")

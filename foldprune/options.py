@@ -41,7 +41,9 @@ def resolve_config(config: Any) -> Mapping[str, Any] | None:
 
 
 @contextmanager
-def reporter(progress: Progress | bool | None) -> Iterator[Progress]:
+def reporter(
+    progress: Progress | bool | None, description: str = "compressing"
+) -> Iterator[Progress]:
     """The function that progress is reported to: the caller's, a bar's, or one that does
     nothing."""
     if callable(progress):
@@ -49,7 +51,7 @@ def reporter(progress: Progress | bool | None) -> Iterator[Progress]:
     elif progress:
         from .progress import bar
 
-        with bar() as update:
+        with bar(description) as update:
             yield update
     else:
         yield lambda done, total, name: None

@@ -13,7 +13,8 @@ Update = Callable[[int, int, str], None]
 
 @contextmanager
 def bar(description: str = "compressing") -> Iterator[Update]:
-    """A function of (done, total, name) while the bar is shown; it goes away whatever happens."""
+    """A function of (done, total, name) while the bar is shown; it goes away whatever happens. A
+    total of 0 means that it is not known."""
     try:
         from rich.console import Console
         from rich.progress import Progress
@@ -25,14 +26,15 @@ def bar(description: str = "compressing") -> Iterator[Update]:
 
         def update(done: int, total: int, name: str) -> None:
             text = f"{description} {name}".strip()
-            shown.update(task, completed=done, total=total, description=text)
+            shown.update(task, completed=done, total=total or None, description=text)
 
         yield update
 
 
 def _plain(description: str) -> Iterator[Update]:
     def update(done: int, total: int, name: str) -> None:
-        print(f"\r{description}: {done}/{total}", end="", file=sys.stderr, flush=True)
+        of = f"/{total}" if total else ""
+        print(f"\r{description}: {done}{of}", end="", file=sys.stderr, flush=True)
 
     try:
         yield update

@@ -1,5 +1,6 @@
 """PyTorch adapters. Importing this package imports torch; ``import foldprune`` does not."""
 
+from .calibrate import calibrate
 from .tensors import from_numpy, to_numpy
 
-__all__ = ["from_numpy", "to_numpy"]
+__all__ = ["calibrate", "from_numpy", "to_numpy"]
