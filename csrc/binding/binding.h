@@ -79,6 +79,10 @@ DECLARE(dwc_select);
 DECLARE(dwc_remainder);
 DECLARE(rope_scores);
 DECLARE(rope);
+DECLARE(obs_factor);
+DECLARE(obs_sweep);
+DECLARE(refit);
+DECLARE(damage);
 #undef DECLARE
 
 #endif

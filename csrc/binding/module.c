@@ -49,6 +49,10 @@ static PyMethodDef methods[] = {
     METHOD(dwc_remainder),
     METHOD(rope_scores),
     METHOD(rope),
+    METHOD(obs_factor),
+    METHOD(obs_sweep),
+    METHOD(refit),
+    METHOD(damage),
     {NULL, NULL, 0, NULL},
 };
 
