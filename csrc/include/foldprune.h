@@ -228,7 +228,7 @@ fp_status fp_rope_apply(const fp_heads *h, fp_rope pairing, const double *scores
  * the inverse in another guise, without an inverse. With columns fixed from left to right to values
  * w^, what is left to choose at column j is best at w'_j = w_j + sum_{k < j} (w_k - w^_k) A_kj, and
  * moving it from there by e costs D_j e^2. a: cols x cols, row-major, all of it written; d: cols.
- * FP_ERR_LAPACK if H is not positive definite. Only one triangle of H is read. */
+ * FP_ERR_LAPACK if H is not positive definite. */
 size_t fp_obs_factor_work(size_t cols);
 fp_status fp_obs_factor(const double *h, size_t cols, float *a, double *d, int threads, void *work,
                         size_t work_bytes);
