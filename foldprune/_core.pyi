@@ -73,3 +73,39 @@ def square_sums(
     x: _Array, weights: _Array | None, squares: _Array, threads: int = 1
 ) -> tuple[float, int]: ...
 def count_rows(ids: _Array, weights: _Array | None, counts: _Array) -> float: ...
+
+# Below, w (out x in) has any of the four dtypes, a mask is bits as above, h and c are float64
+# (in x in) and symmetric. ValueError for NaN or infinite numbers, sizes that disagree, and an h that
+# is not positive definite.
+
+# h = (I + A) diag(d) (I + A)^T: A float32 (in x in), strictly upper; d float64 (in,)
+def obs_factor(h: _Array, threads: int = 1) -> tuple[_Array, _Array]: ...
+
+# The mask and swept weights, float32 (None with out=False). rule and amount:
+#   "block", weights to remove from the matrix (rows compete within a block of columns)
+#   "row", weights to remove from every row
+#   "threshold", the price row_weight * d * w'^2 below which a weight goes
+#   "n:m", (n, m): n of every m consecutive columns stay
+#   "given", None: mask says what stays
+# row_weight: float64 (out,), not negative; it matters to "block" and "threshold".
+def obs_sweep(
+    w: _Array,
+    a: _Array,
+    d: _Array,
+    rule: str,
+    amount: int | float | tuple[int, int] | None,
+    row_weight: _Array | None = None,
+    mask: _Array | None = None,
+    block_cols: int = 128,
+    out: bool = True,
+    threads: int = 1,
+) -> tuple[_Array, _Array | None]: ...
+
+# Each row's least squares on its support: h_SS w'_S = rhs_S. rhs: float64 (out x in), None for w h.
+# float64 if w is, else float32.
+def refit(
+    w: _Array, mask: _Array, h: _Array, rhs: _Array | None = None, threads: int = 1
+) -> _Array: ...
+
+# Per row (w_new - w) c (w_new - w)^T and w c w^T, float64 (out,)
+def damage(w: _Array, w_new: _Array, c: _Array, threads: int = 1) -> tuple[_Array, _Array]: ...

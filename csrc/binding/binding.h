@@ -83,6 +83,10 @@ DECLARE(check_rows);
 DECLARE(moments_update);
 DECLARE(square_sums);
 DECLARE(count_rows);
+DECLARE(obs_factor);
+DECLARE(obs_sweep);
+DECLARE(refit);
+DECLARE(damage);
 #undef DECLARE
 
 #endif

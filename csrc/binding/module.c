@@ -53,6 +53,10 @@ static PyMethodDef methods[] = {
     METHOD(moments_update),
     METHOD(square_sums),
     METHOD(count_rows),
+    METHOD(obs_factor),
+    METHOD(obs_sweep),
+    METHOD(refit),
+    METHOD(damage),
     {NULL, NULL, 0, NULL},
 };
 

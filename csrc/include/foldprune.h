@@ -251,5 +251,60 @@ fp_status fp_square_sums(const fp_matrix *x, const double *weights, double *squa
  * above 0 is not in [0, rows). */
 fp_status fp_count_rows(const int64_t *ids, size_t n, const double *weights, double *counts,
                         size_t rows, double *weight);
+/* ---- FPP with update: masks and weights that make up for them (methods/obs.c, refit.c) *
+ * A matrix W (rows x cols) is judged by the second moment of its inputs: replacing a row w by w'
+ * costs (w' - w) H (w' - w)^T, H = C + damping I, symmetric, float64, row-major. */
+
+/* H = (I + A) D (I + A)^T with A strictly upper triangular and D diagonal: the Cholesky factor of
+ * the inverse in another guise, without an inverse. With columns fixed from left to right to values
+ * w^, what is left to choose at column j is best at w'_j = w_j + sum_{k < j} (w_k - w^_k) A_kj, and
+ * moving it from there by e costs D_j e^2. a: cols x cols, row-major, all of it written; d: cols.
+ * FP_ERR_LAPACK if H is not positive definite. */
+size_t fp_obs_factor_work(size_t cols);
+fp_status fp_obs_factor(const double *h, size_t cols, float *a, double *d, int threads, void *work,
+                        size_t work_bytes);
+
+/* Which weights the sweep removes; the price of one is row_weight_i * D_j * w'_ij^2. */
+typedef enum fp_obs_rule {
+    FP_OBS_BLOCK,     /* the cheapest of each block of columns, all rows competing */
+    FP_OBS_ROW,       /* the cheapest of each block of columns in every row */
+    FP_OBS_THRESHOLD, /* those cheaper than a threshold */
+    FP_OBS_NM,        /* all but the n dearest of every m consecutive columns */
+    FP_OBS_GIVEN      /* those whose bit in the mask is clear */
+} fp_obs_rule;
+
+typedef struct fp_obs_options {
+    fp_obs_rule rule;
+    /* BLOCK: how many weights of the matrix are removed; ROW: of each row. Every block of columns
+     * gives its share, rounded such that the sum is exact. Of equal prices the first go. */
+    uint64_t count;
+    double threshold;         /* THRESHOLD: not negative */
+    unsigned n, m;            /* NM: 1 <= n <= m <= 64; of equal prices the first stay */
+    size_t block_cols;        /* columns per block, positive; NM rounds it up to a multiple of m */
+    const double *row_weight; /* NULL, or a non-negative number per row */
+} fp_obs_options;
+
+/* SparseGPT's sweep (Frantar & Alistarh 2023): prices are taken when the sweep arrives at a block
+ * (NM: at a group) of columns, removed weights become 0 and the columns to the right make up for
+ * the error, in float32. mask: written, or read with GIVEN; out: the swept weights, zero where
+ * removed, or NULL. a and d are fp_obs_factor's. */
+size_t fp_obs_sweep_work(size_t rows, size_t cols, const fp_obs_options *options, int threads);
+fp_status fp_obs_sweep(const fp_matrix *w, const float *a, const double *d,
+                       const fp_obs_options *options, uint8_t *mask, float *out, int threads,
+                       void *work, size_t work_bytes);
+
+/* Exact least squares: the row on the support S of its mask that costs least, the solution of
+ * H_SS w'_S = rhs_S, zero elsewhere. rhs (rows x cols, row-major): the targets' product with the
+ * inputs, NULL for W H, which fits w itself; then a row that keeps everything stays as it is. out:
+ * rows x cols of out_dtype, FP_F32 or FP_F64. FP_ERR_LAPACK if H is not positive definite. */
+size_t fp_refit_work(const uint8_t *mask, const double *rhs, size_t rows, size_t cols, int threads);
+fp_status fp_refit(const fp_matrix *w, const uint8_t *mask, const double *h, const double *rhs,
+                   void *out, fp_dtype out_dtype, int threads, void *work, size_t work_bytes);
+
+/* What a change costs, per row: numerator (w' - w) C (w' - w)^T, denominator w C w^T. Only the
+ * upper triangle of C (cols x cols, symmetric, row-major) is read. */
+size_t fp_damage_work(size_t cols, int threads);
+fp_status fp_damage(const fp_matrix *w, const fp_matrix *w_new, const double *c, double *numerator,
+                    double *denominator, int threads, void *work, size_t work_bytes);
 
 #endif

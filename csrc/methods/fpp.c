@@ -112,40 +112,6 @@ fp_status fp_mask_threshold(const fp_kernels *kernels, const fp_scored *t, fp_th
 
 /* ---- a threshold per row ---- */
 
-/* The k-th smallest (from 0) of x[0 .. n), which is reordered. Pivots are drawn from a fixed
- * sequence: linear expected time for any order of the input, and the same work every time. */
-static double kth_smallest(double *x, size_t n, size_t k)
-{
-    size_t low = 0, high = n - 1;
-    uint32_t random = 2463534242u;
-    while (low < high) {
-        random ^= random << 13;
-        random ^= random >> 17;
-        random ^= random << 5;
-        double pivot = x[low + random % (high - low + 1)];
-        size_t i = low, j = high;
-        for (;;) { /* Hoare's partition: stops on equal elements, so all-equal rows stay balanced */
-            while (x[i] < pivot)
-                i++;
-            while (x[j] > pivot)
-                j--;
-            if (i >= j)
-                break;
-            double swap = x[i];
-            x[i++] = x[j];
-            x[j--] = swap;
-        }
-        /* now x[low .. i) <= pivot <= x(j .. high], and i is j (there stands the pivot) or j + 1 */
-        if (i == j && k == i)
-            return pivot;
-        if (k < i)
-            high = i - 1;
-        else
-            low = j + 1;
-    }
-    return x[k];
-}
-
 typedef struct rows_call {
     const fp_scored *t;
     size_t k;
@@ -167,7 +133,7 @@ static void mask_eight_rows(void *context, size_t item, int worker)
         size_t ties = 0;
         if (c->k) {
             memcpy(scratch, scores, cols * sizeof *scores);
-            threshold = kth_smallest(scratch, cols, c->k - 1);
+            threshold = fp_kth_smallest(scratch, cols, c->k - 1);
             ties = c->k;
             for (size_t j = 0; j < cols; j++)
                 ties -= scores[j] < threshold;

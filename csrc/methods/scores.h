@@ -30,4 +30,8 @@ const float *fp_scores_load(const fp_kernels *kernels, const fp_scored *t, size_
 /* The same scores as float64; for FP_F64 computed in float64. */
 void fp_scores_load_double(const fp_scored *t, size_t begin, size_t n, double *buffer);
 
+/* The k-th smallest (from 0) of x[0 .. n), which is reordered. Pivots are drawn from a fixed
+ * sequence: linear expected time for any order of the input, and the same work every time. */
+double fp_kth_smallest(double *x, size_t n, size_t k);
+
 #endif

@@ -195,3 +195,35 @@ fp_status fp_select(const fp_kernels *kernels, const fp_scored *t, size_t count,
     out->ties = rank + 1; /* of the equal ones, those of rank 0 .. rank */
     return FP_OK;
 }
+
+double fp_kth_smallest(double *x, size_t n, size_t k)
+{
+    size_t low = 0, high = n - 1;
+    uint32_t random = 2463534242u;
+    while (low < high) {
+        random ^= random << 13;
+        random ^= random >> 17;
+        random ^= random << 5;
+        double pivot = x[low + random % (high - low + 1)];
+        size_t i = low, j = high;
+        for (;;) { /* Hoare's partition: stops on equal elements, so all-equal rows stay balanced */
+            while (x[i] < pivot)
+                i++;
+            while (x[j] > pivot)
+                j--;
+            if (i >= j)
+                break;
+            double swap = x[i];
+            x[i++] = x[j];
+            x[j--] = swap;
+        }
+        /* now x[low .. i) <= pivot <= x(j .. high], and i is j (there stands the pivot) or j + 1 */
+        if (i == j && k == i)
+            return pivot;
+        if (k < i)
+            high = i - 1;
+        else
+            low = j + 1;
+    }
+    return x[k];
+}
