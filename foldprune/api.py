@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+from . import calibrated
+from .calibration import Calibration
 from .compressed import Compressed
 from .job import Job
 from .options import Progress, reporter, resolve_threads
@@ -22,11 +24,11 @@ def compress(
     recipe: Recipe | None = None,
     config: Any = None,
     num_heads: int | None = None,
-    calibration: Any = None,
+    calibration: Calibration | None = None,
     progress: Progress | bool | None = None,
     threads: int | None = None,
 ) -> Compressed:
-    """Compresses a transformer checkpoint, without data.
+    """Compresses a transformer checkpoint, without data or with a calibration's statistics.
 
     Parameters
     ----------
@@ -48,7 +50,10 @@ def compress(
         Number of query heads, where there is no configuration. Without either, known shapes are
         recognised; else the head size is assumed to be 64 with a ``HeadSizeWarning``.
     calibration
-        Reserved for calibrated compression; must be None.
+        Statistics of the layers' inputs on data like the user's (see ``Calibration`` and
+        ``foldprune.torch.calibrate``): masks, folds and the spread of a rate go by what the model's
+        output loses on them, and kept weights are refitted. ``foldprune.torch.compress`` goes one
+        step further and calibrates each block on what the compressed ones before it put out.
     progress
         True for a bar on standard error, or a function called with (done, total, name).
     threads
@@ -74,16 +79,18 @@ def compress(
         raise ValueError(f"rate={rate!r}: the share of numbers removed lies in [0, 1)")
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
-    if calibration is not None:
-        raise ValueError("calibration is not supported by this version: pass None")
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration: expected a Calibration, got {type(calibration).__name__}")
     if recipe is None and rate == 0:
         recipe, rate = Recipe.lossless(), DEFAULT_RATE
     with reporter(progress) as report:
         job = Job.begin(state_dict, recipe, config, num_heads, report, resolve_threads(threads))
-        if recipe is None:
+        if recipe is not None and rate not in (DEFAULT_RATE, recipe.fpp):
+            job.note(f"rate={rate:g} is not used: the recipe sets every method")
+        if calibration is not None:
+            recipe = calibrated.run(job, calibration, float(rate), recipe)
+        elif recipe is None:
             recipe = job.run_rate(float(rate))
         else:
-            if rate not in (DEFAULT_RATE, recipe.fpp):
-                job.note(f"rate={rate:g} is not used: the recipe sets every method")
             job.run_recipe(recipe)
         return job.finish(recipe)

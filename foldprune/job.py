@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from . import _core, attention, schemas, tensors
+from .calibration import Moments
 from .compressed import Compressed
 from .encodings import Array, Dense, Encoding, Fused, nbytes
 from .errors import (
@@ -30,7 +31,14 @@ from .options import Progress, resolve_config
 from .prune import Pruned, Target, energy, prune, prune_below, prune_neurons
 from .recipe import Granularity, Recipe
 from .report import Report, Row
-from .schemas.layout import AttentionBlock, Layout, Matrix, find_layout, generic_layout
+from .schemas.layout import (
+    AttentionBlock,
+    FeedForwardBlock,
+    Layout,
+    Matrix,
+    find_layout,
+    generic_layout,
+)
 from .spread import Option, choose, fill
 
 __all__ = ["Job"]
@@ -136,24 +144,36 @@ class Job:
 
     # ---- folds ----------------------------------------------------------------------------------
 
-    def fold_query_key(self, block: AttentionBlock, ranks: int | Array | None, method: str) -> None:
+    def fold_query_key(
+        self,
+        block: AttentionBlock,
+        ranks: int | Array | None,
+        method: str,
+        moments: Moments | None = None,
+    ) -> None:
         """IRC on one block; left out, with the reason noted, where it is invalid or not smaller."""
         self._fold(
             "IRC",
             {"query": block.query, "key": block.key},
-            self._refusal(block, "irc", block.query, exact=ranks is None),
-            lambda: attention.irc(block, self.arrays, ranks, self.threads),
+            self.refusal(block, "irc", block.query, exact=ranks is None),
+            lambda: attention.irc(block, self.arrays, ranks, self.threads, moments),
             method,
         )
 
-    def fold_value(self, block: AttentionBlock, mode: str | int | Array, method: str) -> None:
+    def fold_value(
+        self,
+        block: AttentionBlock,
+        mode: str | int | Array,
+        method: str,
+        moments: Moments | None = None,
+    ) -> None:
         """DWC on one block, as above."""
         exact = isinstance(mode, str) and mode == "lossless"
         fold = self._fold(
             "DWC",
             {"value": block.value},
-            self._refusal(block, "dwc", block.value, exact),
-            lambda: attention.dwc(block, self.arrays, mode, self.threads),
+            self.refusal(block, "dwc", block.value, exact),
+            lambda: attention.dwc(block, self.arrays, mode, self.threads, moments),
             method,
         )
         if fold is not None:
@@ -178,10 +198,10 @@ class Job:
                     self._keep(fold, matrices, method)
                     return fold
                 reason = "the folded form would not be smaller"
-        self._refuse(tuple(matrices.values()), f"{name} left out: {reason}")
+        self.refuse(tuple(matrices.values()), f"{name} left out: {reason}")
         return None
 
-    def _refusal(
+    def refusal(
         self, block: AttentionBlock, method: str, matrix: Matrix, exact: bool
     ) -> str | None:
         if method in block.forbidden:
@@ -195,12 +215,16 @@ class Job:
             return f"{dtype} weights pass through untouched"
         return None
 
-    def _refuse(self, matrices: Sequence[Matrix], text: str) -> None:
+    def refuse(self, matrices: Sequence[Matrix], text: str) -> None:
         for matrix in matrices:
             self.tensor_notes.setdefault(matrix.weight, []).append(text)
         if text not in self.refused:
             self.refused.append(text)
             self.notes.append(text)
+
+    def warn_refused(self) -> None:
+        for text in self.refused:
+            warnings.warn(text, FoldRefusedWarning, stacklevel=4)
 
     def _smaller(self, fold: attention.Fold, matrices: Mapping[str, Matrix]) -> bool:
         before = after = 0
@@ -230,16 +254,13 @@ class Job:
             self.replaced[block.output.bias] = fold.output_bias
             self.methods.setdefault(block.output.bias, []).append(method)
 
-    def _assemble_folds(self) -> None:
-        """Tensors all or part of which were folded."""
+    def assemble_folds(self, block: AttentionBlock) -> None:
+        """Tensors of the block all or part of which were folded."""
         slots: dict[str, list[Matrix]] = {}
-        heads: dict[str, int] = {}
-        for block in self.layout.attentions:
-            for matrix in (block.query, block.key, block.value):
-                for name in (matrix.weight, matrix.bias):
-                    if name in self.segments:
-                        slots.setdefault(name, []).append(matrix)
-                        heads[name] = block.heads
+        for matrix in (block.query, block.key, block.value):
+            for name in (matrix.weight, matrix.bias):
+                if name in self.segments:
+                    slots.setdefault(name, []).append(matrix)
         for name, matrices in slots.items():
             matrices.sort(key=lambda matrix: matrix.slot.part)
             slot = matrices[0].slot
@@ -247,8 +268,8 @@ class Job:
             if slot.parts == 1 and not transposed:
                 encoding = self.segments[name][0]
             else:
-                pieces = [self._segment(name, matrix, heads[name]) for matrix in matrices]
-                interleave = heads[name] if slot.interleaved else 0
+                pieces = [self._segment(name, matrix, block.heads) for matrix in matrices]
+                interleave = block.heads if slot.interleaved else 0
                 encoding = Fused(tuple(pieces), transposed, interleave)
             method = " + ".join(dict.fromkeys(self.methods[name]))
             self.results[name] = _Result(encoding, method, max(self.errors[name]))
@@ -265,25 +286,31 @@ class Job:
 
     # ---- pruning --------------------------------------------------------------------------------
 
+    def target(self, name: str) -> Target | None:
+        """The matrix of a tensor, (out x in), if it can be pruned."""
+        array = self.arrays[name]
+        if array.ndim != 2 or not array.size or not tensors.is_weight_dtype(array.dtype):
+            return None
+        if name in self.segments:
+            self.tensor_notes.setdefault(name, []).append("folded, so not pruned")
+            return None
+        transposed = name in self.layout.transposed
+        matrix = self.replaced.get(name)
+        if matrix is None:
+            matrix = array.T if transposed else array
+        target = Target(name, np.ascontiguousarray(matrix), transposed)
+        target.col_scale = self.col_scales.get(name)
+        return target
+
     def targets(self, recipe: Recipe) -> list[Target]:
-        """The matrices of the recipe's ``fpp_on`` that can be pruned, (out x in)."""
+        """The matrices of the recipe's ``fpp_on`` that can be pruned."""
         out = []
-        for name, array in self.arrays.items():
+        for name in self.arrays:
             at = recipe.at(name)
             if at.fpp is None or self.layout.groups[name] not in at.fpp_on:
                 continue
-            if array.ndim != 2 or not array.size or not tensors.is_weight_dtype(array.dtype):
-                continue
-            if name in self.segments:
-                self.tensor_notes.setdefault(name, []).append("folded, so not pruned")
-                continue
-            transposed = name in self.layout.transposed
-            matrix = self.replaced.get(name)
-            if matrix is None:
-                matrix = array.T if transposed else array
-            target = Target(name, np.ascontiguousarray(matrix), transposed)
-            target.col_scale = self.col_scales.get(name)
-            out.append(target)
+            if (target := self.target(name)) is not None:
+                out.append(target)
         return out
 
     def keep_pruned(self, pruned: Mapping[str, Pruned], label: str) -> None:
@@ -294,8 +321,11 @@ class Job:
             self.results[name] = _Result(result.encoding, method, result.error, result.note)
 
     def _step(self, target: Target) -> None:
+        self.step(target.name)
+
+    def step(self, name: str) -> None:
         self.done += 1
-        self.progress(self.done, len(self.arrays), target.name)
+        self.progress(self.done, len(self.arrays), name)
 
     # ---- the two ways in ------------------------------------------------------------------------
 
@@ -303,26 +333,35 @@ class Job:
         for block in self.layout.attentions:
             if not block.heads:
                 continue
-            at = recipe.at(block.query.weight)
-            if at.irc != recipe.at(block.key.weight).irc:
-                raise ValueError(
-                    f"overrides give {block.query.weight!r} and {block.key.weight!r} different "
-                    "'irc': they fold together; match both"
-                )
-            if at.irc is not None:
-                ranks = None if at.irc == "lossless" else int(at.irc)
-                unit = "planes" if block.rope else "r"
-                method = "IRC lossless" if ranks is None else f"IRC {unit}={ranks}"
-                self.fold_query_key(block, ranks, method)
-            dwc = recipe.at(block.value.weight).dwc
-            if dwc is not None:
-                method = f"DWC remainder k={dwc}" if isinstance(dwc, int) else f"DWC {dwc}"
-                self.fold_value(block, dwc, method)
+            if (irc := self.irc_of(block, recipe)) is not None:
+                self.fold_query_key(block, *irc)
+            if (dwc := self.dwc_of(block, recipe)) is not None:
+                self.fold_value(block, *dwc)
+            self.assemble_folds(block)
             self.progress(self.done, len(self.arrays), block.name)
-        for text in self.refused:
-            warnings.warn(text, FoldRefusedWarning, stacklevel=3)
-        self._assemble_folds()
+        self.warn_refused()
         self._prune_recipe(recipe)
+
+    def irc_of(self, block: AttentionBlock, recipe: Recipe) -> tuple[int | None, str] | None:
+        """What ``fold_query_key`` is to do by the recipe: rank (None: lossless) and description."""
+        at = recipe.at(block.query.weight)
+        if at.irc != recipe.at(block.key.weight).irc:
+            raise ValueError(
+                f"overrides give {block.query.weight!r} and {block.key.weight!r} different 'irc': "
+                "they fold together; match both"
+            )
+        if at.irc is None:
+            return None
+        if at.irc == "lossless":
+            return None, "IRC lossless"
+        return int(at.irc), f"IRC {'planes' if block.rope else 'r'}={at.irc}"
+
+    def dwc_of(self, block: AttentionBlock, recipe: Recipe) -> tuple[str | int, str] | None:
+        """What ``fold_value`` is to do by the recipe."""
+        dwc = recipe.at(block.value.weight).dwc
+        if dwc is None:
+            return None
+        return dwc, f"DWC remainder k={dwc}" if isinstance(dwc, int) else f"DWC {dwc}"
 
     def _prune_recipe(self, recipe: Recipe) -> None:
         # targets that share rate and granularity compete together
@@ -349,29 +388,38 @@ class Job:
         """Prunes hidden units; returns the targets that are in no feed-forward layer."""
         by_name = {target.name: target for target in targets}
         for block in self.layout.feed_forwards:
-            names = [m.weight for m in (block.up, block.down, block.gate) if m is not None]
-            members = [by_name.pop(name, None) for name in names]
-            if all(member is None for member in members):
+            members = self.neuron_members(block, by_name)
+            if not members:
                 continue
-            if any(member is None for member in members):
-                raise ValueError(
-                    f"{block.name}: fpp_granularity 'neuron' takes {', '.join(names)} together; "
-                    "an override leaves one of them out"
-                )
-            up, down, *gate = (member for member in members if member is not None)
-            pruned = prune_neurons(up, down, gate[0] if gate else None, rate, self.threads)
+            gate = by_name.pop(block.gate.weight) if block.gate is not None else None
+            up, down = by_name.pop(block.up.weight), by_name.pop(block.down.weight)
+            pruned = prune_neurons(up, down, gate, rate, self.threads)
             self.keep_pruned(pruned, "neuron")
-            for target in (up, down, *gate):
-                self._step(target)
-        left = list(by_name.values())
-        if not self.layout.feed_forwards and any(
-            self.layout.groups[target.name] == "feed_forward" for target in left
-        ):
+            for name in members:
+                self.step(name)
+        for name in by_name:
+            self.is_hidden(name)
+        return list(by_name.values())
+
+    def neuron_members(self, block: FeedForwardBlock, names: Container[str]) -> list[str]:
+        """The layer's matrices, if they are among the names; ValueError if only some are."""
+        members = [m.weight for m in (block.up, block.down, block.gate) if m is not None]
+        present = [name for name in members if name in names]
+        if present and present != members:
+            raise ValueError(
+                f"{block.name}: fpp_granularity 'neuron' takes {', '.join(members)} together; an "
+                "override leaves one of them out"
+            )
+        return present
+
+    def is_hidden(self, name: str) -> bool:
+        """Whether the tensor holds hidden units' rows or columns. ModelError if that is unknown."""
+        if not self.layout.feed_forwards and self.layout.groups[name] == "feed_forward":
             raise ModelError(
                 "fpp_granularity 'neuron' needs a known architecture, to tell which rows and "
                 "columns belong to one hidden unit"
             )
-        return left
+        return self.layout.groups[name] == "feed_forward"
 
     def run_rate(self, rate: float) -> Recipe:
         """Spreads the rate; returns the nearest recipe with uniform fields."""
@@ -379,12 +427,12 @@ class Job:
         dwc: list[tuple[AttentionBlock, Option]] = []
         folded_outputs: dict[str, attention.Fold] = {}
         for block in self.layout.attentions:
-            if (reason := self._refusal(block, "irc", block.query, exact=False)) is None:
+            if (reason := self.refusal(block, "irc", block.query, exact=False)) is None:
                 curve = attention.irc_curve(block, self.arrays, self.threads)
                 irc.append((block, Option(curve, least=1)))
             else:
-                self._refuse((block.query, block.key), f"IRC left out: {reason}")
-            if (reason := self._refusal(block, "dwc", block.value, exact=False)) is None:
+                self.refuse((block.query, block.key), f"IRC left out: {reason}")
+            if (reason := self.refusal(block, "dwc", block.value, exact=False)) is None:
                 curve = attention.dwc_curve(block, self.arrays, self.threads)
                 dwc.append((block, Option(curve, least=0)))
                 if attention.exact_in(self.arrays[block.value.weight].dtype):
@@ -393,7 +441,7 @@ class Job:
                         fold = attention.dwc(block, self.arrays, "lossless", self.threads)
                         folded_outputs[block.output.weight] = fold
             else:
-                self._refuse((block.value,), f"DWC left out: {reason}")
+                self.refuse((block.value,), f"DWC left out: {reason}")
             self.progress(self.done, len(self.arrays), block.name)
 
         recipe = Recipe(fpp=0)  # how much is what is to be found out
@@ -412,11 +460,13 @@ class Job:
 
         for block, option in irc:
             if option.ranks is not None:
-                self._fold_chosen(block, option, self.fold_query_key, "IRC")
+                self.fold_query_key(block, *self.ranks_of(block, option.ranks, "IRC"))
         for block, option in dwc:
             if option.ranks is not None:
-                self._fold_chosen(block, option, self.fold_value, "DWC")
-        self._assemble_folds()
+                ranks, method = self.ranks_of(block, option.ranks, "DWC")
+                self.fold_value(block, "lossless" if ranks is None else ranks, method)
+        for block in self.layout.attentions:
+            self.assemble_folds(block)
         folded = sum(
             self.arrays[name].size - result.encoding.numbers
             for name, result in self.results.items()
@@ -434,18 +484,15 @@ class Job:
             dwc="lossless" if folds else None,
         )
 
-    def _fold_chosen(
-        self, block: AttentionBlock, option: Option, fold: Callable[..., None], name: str
-    ) -> None:
-        ranks = option.ranks
-        assert ranks is not None
-        whole = len(option.curve.stored[0]) - 1
+    @staticmethod
+    def ranks_of(block: AttentionBlock, ranks: Array, name: str) -> tuple[Array | None, str]:
+        """Ranks per key head, None if all are whole, and the method's description."""
+        whole = block.head_dim // 2 if name == "IRC" and block.rope else block.head_dim
         if np.all(ranks == whole):
-            fold(block, None if name == "IRC" else "lossless", f"{name} lossless")
-            return
+            return None, f"{name} lossless"
         span = f"{ranks.min()}" if ranks.min() == ranks.max() else f"{ranks.min()}..{ranks.max()}"
         unit = ("planes" if block.rope else "r") if name == "IRC" else "remainder k"
-        fold(block, ranks, f"{name} {unit}={span}")
+        return ranks, f"{name} {unit}={span}"
 
     def _weigh(self, targets: Sequence[Target]) -> None:
         """Scores become shares of each matrix's own output: |w| / ||W||.

@@ -11,7 +11,7 @@ from . import _core
 from .encodings import Array, Dense, Encoding, Packed, nbytes
 from .recipe import Granularity
 
-__all__ = ["Pruned", "Target", "energy", "prune", "prune_below", "prune_neurons"]
+__all__ = ["Pruned", "Target", "encode", "energy", "prune", "prune_below", "prune_neurons"]
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Target:
 
 @dataclass
 class Pruned:
-    """``error``: sum of the removed scores squared over that of all."""
+    """``error``: relative squared error of the output; without data, the removed scores squared
+    over all scores squared."""
 
     encoding: Encoding
     error: float
@@ -61,7 +62,7 @@ def prune(
         out = {}
         for target in targets:
             mask = _core.mask_nm(target.scored, granularity.a, granularity.b, threads)
-            out[target.name] = _finish(target, mask, (1, 1), threads)
+            out[target.name] = encode(target, mask, (1, 1), threads)
             done(target)
         return out
     if granularity.kind == "row":
@@ -73,7 +74,7 @@ def prune(
         if scope == "row":
             k = round(rate * target.matrix.shape[1])
             mask = _core.mask_rows(target.scored, k, threads)
-            out[target.name] = _finish(target, mask, (1, 1), threads)
+            out[target.name] = encode(target, mask, (1, 1), threads)
             done(target)
         else:
             out |= _prune_together([target], rate, granularity, threads, done)
@@ -128,7 +129,7 @@ def _apply(
     for target, own, block in zip(targets, scored, blocks, strict=True):
         mask, used = _core.mask_threshold(own, threshold, ties, threads)
         ties -= used
-        out[target.name] = _finish(target, mask, block, threads)
+        out[target.name] = encode(target, mask, block, threads)
         done(target)
     return out
 
@@ -146,8 +147,8 @@ def prune_neurons(
     scored = (np.ascontiguousarray(score, np.float32), 1.0, None)
     threshold, ties = _core.select([scored], round(rate * score.size), threads)
     mask, _ = _core.mask_threshold(scored, threshold, ties, threads)
-    out = {t.name: _finish(t, mask, (1, t.matrix.shape[1]), threads) for t in rows}
-    out[down.name] = _finish(down, mask, (down.matrix.shape[0], 1), threads)
+    out = {t.name: encode(t, mask, (1, t.matrix.shape[1]), threads) for t in rows}
+    out[down.name] = encode(down, mask, (down.matrix.shape[0], 1), threads)
     return out
 
 
@@ -162,25 +163,36 @@ def _norms(target: Target, axis: int, threads: int) -> Array:
     )
 
 
-def _finish(target: Target, mask: Array, block: tuple[int, int], threads: int) -> Pruned:
-    matrix = target.matrix
-    rows, cols = matrix.shape
+def encode(
+    target: Target,
+    mask: Array,
+    block: tuple[int, int],
+    threads: int,
+    matrix: Array | None = None,
+) -> Pruned:
+    """The target's weights (or new ones, ``matrix``) where the mask over its blocks is set, packed
+    where that is smaller. The error is that of zeroing the others."""
+    rows, cols = target.matrix.shape
     elements = mask if block == (1, 1) else _core.mask_blocks(mask, rows, cols, *block, threads)
-    values = _core.pack(matrix, elements, threads)
+    values = _core.pack(target.matrix if matrix is None else matrix, elements, threads)
     packed = Packed((rows, cols), mask, values, block, target.transposed)
-    if target.col_scale is None:
-        kept = _core.energy((values, 1.0, None), threads)
-    else:
-        dense = _core.unpack(values, elements, matrix.shape, threads)
-        kept = _core.energy((dense, 1.0, target.col_scale), threads)
-    total = energy(target, threads)
-    error = max(0.0, 1.0 - kept / total) if total > 0 else 0.0
-    if values.size == matrix.size:
-        error = 0.0
-    if nbytes(packed) < matrix.nbytes:
+    error = 0.0 if matrix is not None else _zeroing_error(target, elements, values, threads)
+    if nbytes(packed) < target.matrix.nbytes:
         return Pruned(packed, error)
     return Pruned(
         Dense(packed.unpack(threads), kept=int(values.size)),
         error,
         "stored dense: mask and values would take more bytes",
     )
+
+
+def _zeroing_error(target: Target, elements: Array, values: Array, threads: int) -> float:
+    if values.size == target.matrix.size:
+        return 0.0
+    if target.col_scale is None:
+        kept = _core.energy((values, 1.0, None), threads)
+    else:
+        dense = _core.unpack(values, elements, target.matrix.shape, threads)
+        kept = _core.energy((dense, 1.0, target.col_scale), threads)
+    total = energy(target, threads)
+    return max(0.0, 1.0 - kept / total) if total > 0 else 0.0

@@ -27,6 +27,13 @@ class Granularity:
     a: int = 1
     b: int = 1
 
+    @property
+    def label(self) -> str:
+        """The text it was parsed from."""
+        if self.kind == "nm":
+            return f"{self.a}:{self.b}"
+        return f"{self.a}x{self.b}" if self.kind == "block" else self.kind
+
     @classmethod
     def parse(cls, text: str) -> Granularity:
         if text in ("weight", "neuron", "row"):

@@ -1,0 +1,310 @@
+"""A calibration as one model's tensors see it, and what removing numbers costs by it.
+
+Damage is in one unit everywhere, the expected loss per token to second order: with g the loss's
+gradient at a matrix's output, sum_i E[g_i^2] dw_i C dw_i^T over its rows (Fisher's diagonal). A
+calibration without gradients gives relative squared output errors instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from . import _core, attention
+from .allocate import Unit
+from .calibration import Calibration, Moments, layer_name
+from .encodings import Array
+from .errors import ModelError, TensorError
+from .fit import Gram, row_damage, sweep
+from .prune import Target
+from .schemas.layout import AttentionBlock, Layout, Matrix
+
+__all__ = ["SHARES", "Measured"]
+
+# shares of a matrix's weights at which its damage is measured, and to which it is interpolated
+_MEASURED_SHARES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+SHARES = np.linspace(0, 1, 101)
+
+
+@dataclass
+class Measured:
+    """What is known of a model's layers.
+
+    ``tied``: names that share another one's tensor. ``grams``: of tensors whose statistics are not
+    the calibration's own (the input of an output projection after its values were folded).
+    """
+
+    arrays: Mapping[str, Array]
+    tied: Mapping[str, str]
+    layout: Layout
+    calibration: Calibration
+    threads: int
+    grams: dict[str, Gram] = field(default_factory=dict)
+
+    def check(self, names: Sequence[str]) -> None:
+        """ModelError for statistics of layers that the model does not have, or of another width."""
+        layers = {layer_name(name) for name in names}
+        unknown = [n for n in self.calibration.names if n not in layers and not self._is_output(n)]
+        if unknown:
+            listed = ", ".join(unknown[:6]) + (" ..." if len(unknown) > 6 else "")
+            raise ModelError(
+                f"the calibration has statistics of layers that this model does not have: {listed}."
+                " Layers are named as in the state dict, without '.weight'; was it another model's?"
+            )
+        for name, array in self.arrays.items():
+            if array.ndim != 2:
+                continue
+            rows, cols = array.shape[::-1] if name in self.layout.transposed else array.shape
+            for layer in self._layers(name):
+                moments, gradient = (
+                    self.calibration.moments(layer),
+                    self.calibration.gradient(layer),
+                )
+                use = self.calibration.row_use(layer)
+                width = cols if moments is None else moments.width
+                outputs = rows if gradient is None or use is not None else len(gradient)
+                used = rows if use is None else len(use)
+                if (width, outputs, used) != (cols, rows, rows):
+                    raise ModelError(
+                        f"{name!r} is {rows} x {cols} (out x in), but was calibrated with {width} "
+                        f"inputs, {outputs} outputs and {used} embedding rows: the calibration is "
+                        "another model's"
+                    )
+
+    def _is_output(self, layer: str) -> bool:
+        """An output embedding that a checkpoint leaves out, as it is tied."""
+        return bool(self.layout.output_embeddings) and layer.rpartition(".")[2] in (
+            "lm_head",
+            "decoder",
+        )
+
+    def _layers(self, name: str) -> list[str]:
+        """The layers that use a tensor: its own and those tied to it."""
+        names = [name, *(alias for alias, source in self.tied.items() if source == name)]
+        layers = [layer_name(n) for n in names]
+        if name in self.layout.output_embeddings:
+            layers += [n for n in self.calibration.names if self._is_output(n) and n not in layers]
+        return layers
+
+    # ---- statistics -----------------------------------------------------------------------------
+
+    def moments(self, name: str) -> Moments | None:
+        """Of the input of the layer with the weight ``name``."""
+        for layer in self._layers(name):
+            if (moments := self.calibration.moments(layer)) is not None:
+                return moments
+        return None
+
+    def block_moments(self, block: AttentionBlock) -> Moments | None:
+        """Of what the block's query, key and value read."""
+        for matrix in (block.query, block.key, block.value):
+            if (moments := self.moments(matrix.weight)) is not None:
+                return moments
+        return None
+
+    def gram(self, name: str) -> Gram | None:
+        """Of the input of ``name``; the same object for layers that share their input."""
+        if name in self.grams:
+            return self.grams[name]
+        for layer in self._layers(name):
+            source = self.calibration.shared.get(layer, layer)
+            if (moments := self.calibration.moments(source)) is not None:
+                self.grams[name] = self.grams.get(f"{source}.weight") or Gram(moments, self.threads)
+                self.grams.setdefault(f"{source}.weight", self.grams[name])
+                return self.grams[name]
+        return None
+
+    def require_gram(self, name: str) -> Gram:
+        """As ``gram``; TensorError if there are no statistics."""
+        if (gram := self.gram(name)) is None:
+            raise TensorError(
+                f"{name!r}: the calibration has no statistics of this layer's input; update it "
+                "with them, or leave the layer out (Recipe overrides, fpp=None)"
+            )
+        return gram
+
+    def row_use(self, name: str) -> Array | None:
+        """How often each row of an embedding is expected to be used, as a share of all tokens.
+
+        Rows that the data did not use share the probability that Good and Turing give to the
+        unseen: the share of tokens that were seen once.
+        """
+        for layer in self._layers(name):
+            if (counts := self.calibration.row_use(layer)) is not None:
+                unseen = counts == 0
+                mass = max(float((counts == 1).sum()), 1.0)
+                if unseen.any():
+                    counts[unseen] = min(mass / float(unseen.sum()), 1.0)
+                return counts / counts.sum()
+        return None
+
+    @property
+    def notes(self) -> list[str]:
+        if self.has_gradients:
+            return []
+        return [
+            "the calibration has no gradients: damage is relative output error, not what the "
+            "model's loss sees (foldprune.torch.calibrate counts them)"
+        ]
+
+    @cached_property
+    def has_gradients(self) -> bool:
+        """Whether the gradients of all matrices of the blocks are known."""
+        names = [
+            name
+            for name, group in self.layout.groups.items()
+            if group in ("qkv", "attention_output", "feed_forward") and self.arrays[name].ndim == 2
+        ]
+        return bool(names) and all(self.gradient(name) is not None for name in names)
+
+    def gradient(self, name: str) -> Array | None:
+        return self.calibration.gradient(layer_name(name))
+
+    # ---- damage ---------------------------------------------------------------------------------
+
+    def row_weight(self, target: Target) -> Array:
+        """What a squared error of each output costs, (out,) float64.
+
+        The mean square of the loss's gradient; without gradients the same for every row, such that
+        losing the whole output costs 1 (2 L + 1 for what gives the logits, which is no mere term
+        of the residual stream of L blocks).
+        """
+        gradient = self.gradient(target.name) if self.has_gradients else None
+        if gradient is not None:
+            # rows that the data did not reach may matter to other data
+            return np.maximum(gradient, 1e-3 * float(gradient.mean()))
+        gram = self.require_gram(target.name)
+        total = float(row_damage(target.matrix, np.zeros_like(target.matrix), gram)[1].sum())
+        terms = self._terms if target.name in self.layout.output_embeddings else 1
+        return np.full(len(target.matrix), terms / total if total > 0 else 1.0)
+
+    @property
+    def _terms(self) -> int:
+        return 2 * len(self.layout.attentions) + 1
+
+    def fpp_unit(self, target: Target) -> Unit:
+        """The damage of removing a share of one matrix's weights, the others made up for it."""
+        size = target.matrix.size
+        if self.is_embedding(target.name):
+            damage = _curve_of_scores(self.embedding_scores(target), self.threads)
+        else:
+            gram = self.require_gram(target.name)
+            weight = self.row_weight(target)
+            points = []
+            for share in _MEASURED_SHARES:
+                _, swept = sweep(target.matrix, gram, share, weight)
+                points.append(float(weight @ row_damage(target.matrix, swept, gram)[0]))
+            whole = row_damage(target.matrix, np.zeros_like(target.matrix), gram)[1]
+            damage = _interpolate([*points, float(weight @ whole)])
+        return Unit(target.name, "FPP", SHARES, SHARES * size, damage, smooth=True)
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether a tensor is looked up by rows (as a tied output embedding is too)."""
+        return self.layout.groups[name] == "embedding" and (
+            self.row_use(name) is not None or self.gram(name) is None
+        )
+
+    def embedding_scores(self, target: Target) -> Array:
+        """Root of the price of every weight of an embedding, (rows, cols) float32: how often the
+        row is used times what an error of the column costs; where the logits come from the same
+        tensor, that too."""
+        matrix = np.abs(target.matrix.astype(np.float32))
+        rows, cols = matrix.shape
+        use = self.row_use(target.name)
+        if use is None:
+            use = np.full(rows, 1 / rows)
+        gradient = self._embedding_gradient(target.name, cols)
+        if gradient is None:
+            energy = float(use @ np.square(matrix, dtype=np.float64).sum(axis=1))
+            gradient = np.full(cols, 1 / energy if energy > 0 else 1.0)
+        price = np.outer(use.astype(np.float32), gradient.astype(np.float32))
+        gram = self.gram(target.name)
+        if gram is not None:
+            price += np.outer(
+                self._output_weight(target, use).astype(np.float32),
+                np.diagonal(gram.second).astype(np.float32),
+            )
+        scores = np.sqrt(price, out=price)
+        scores *= matrix
+        return scores
+
+    def _embedding_gradient(self, name: str, cols: int) -> Array | None:
+        """Mean square of the loss's gradient at each column of what the embedding gives."""
+        if not self.has_gradients:
+            return None
+        for layer in self._layers(name):
+            gradient = self.calibration.gradient(layer)
+            if gradient is not None and self.calibration.row_use(layer) is not None:
+                return gradient if len(gradient) == cols else None
+        return None
+
+    def _output_weight(self, target: Target, use: Array) -> Array:
+        """What a squared error of each logit costs. A token that was never the label is due as
+        often as it is expected to be read."""
+        if self.has_gradients:
+            for layer in self._layers(target.name):
+                gradient = self.calibration.gradient(layer)
+                if gradient is not None and self.calibration.row_use(layer) is None:
+                    return np.maximum(gradient, use)
+        return self.row_weight(target)
+
+    def fold_units(self, block: AttentionBlock, kind: str) -> list[Unit]:
+        """IRC or DWC of a block, a unit per key head: the fold's error, as a share of what losing
+        the whole key (or value) would cost."""
+        moments = self.block_moments(block)
+        if kind == "IRC":
+            matrix = block.key
+            curve = attention.irc_curve(block, self.arrays, self.threads, moments)
+        else:
+            matrix = block.value
+            curve = attention.dwc_curve(block, self.arrays, self.threads, moments)
+        worth = self._worth(block, matrix)
+        units = []
+        for j, (stored, error) in enumerate(zip(curve.stored, curve.error, strict=True)):
+            ranks = np.arange(len(stored) - 1, -1, -1)
+            if kind == "IRC":
+                ranks = ranks[ranks > 0]  # rank 0 is uniform attention
+            removed = curve.dense / len(curve.stored) - stored[ranks]
+            name = f"{block.name}:{j}"
+            units.append(Unit(name, kind, ranks, removed.astype(float), worth * error[ranks]))
+        return units
+
+    def _worth(self, block: AttentionBlock, matrix: Matrix) -> float:
+        """Sum over a key's or value's rows of E[g^2] times the output's variance."""
+        gradient = self.gradient(matrix.weight) if self.has_gradients else None
+        moments = self.block_moments(block)
+        if gradient is None or moments is None:
+            return 1.0
+        view = matrix.view(self.arrays[matrix.weight], block.heads).astype(np.float64)
+        rows = matrix.bias_view(gradient, block.heads)
+        # what is the same for all tokens drops out of the softmax, or is a bias
+        variance = np.einsum("ij,jk,ik->i", view, moments.covariance, view)
+        return float(rows @ variance)
+
+
+def _interpolate(points: list[float]) -> Array:
+    """Damage at SHARES: geometric between the measured shares, a power law below the first."""
+    shares = np.array([*_MEASURED_SHARES, 1.0])
+    values = np.maximum.accumulate(np.maximum(points, 0.0))
+    if values[0] <= 0:
+        return np.interp(SHARES, [0.0, *shares], [0.0, *values])
+    damage = np.exp(np.interp(SHARES, shares, np.log(values)))
+    power = np.log(values[1] / values[0]) / np.log(shares[1] / shares[0])
+    low = shares[0] > SHARES
+    damage[low] = values[0] * (SHARES[low] / shares[0]) ** max(power, 1.0)
+    return damage
+
+
+def _curve_of_scores(scores: Array, threads: int) -> Array:
+    """Damage at SHARES if single weights leave by their scores: sums of the lowest squares, to the
+    resolution of a histogram (1 part in 128)."""
+    counts = _core.histogram([(scores, 1.0, None)], threads).astype(np.float64)
+    bits = (np.arange(len(counts), dtype=np.uint32) << 16) + (1 << 15)
+    squares = np.square(bits.view(np.float32).astype(np.float64))
+    squares[~np.isfinite(squares)] = 0.0
+    total = np.concatenate([[0.0], np.cumsum(counts * squares)])
+    below = np.concatenate([[0.0], np.cumsum(counts)])
+    return np.interp(SHARES * scores.size, below, total)
