@@ -7,11 +7,23 @@ import numpy as np
 _Array = np.ndarray[Any, np.dtype[Any]]
 # (x, scale, col_scale): the score is |x| * scale * col_scale
 _Scored = tuple[_Array, float, _Array | None]
-# (left, left_bias, right, right_extra, heads, groups[, left_scale, right_scale]); see fp_heads in
-# csrc/include/foldprune.h
+# (left, left_bias, right, right_extra, heads, groups[, left_scale, right_scale[, left_factor,
+# right_factor]]); see fp_heads in csrc/include/foldprune.h
 _Heads = (
     tuple[_Array, _Array | None, _Array, _Array | None, int, int]
     | tuple[_Array, _Array | None, _Array, _Array | None, int, int, _Array | None, _Array | None]
+    | tuple[
+        _Array,
+        _Array | None,
+        _Array,
+        _Array | None,
+        int,
+        int,
+        _Array | None,
+        _Array | None,
+        _Array | None,
+        _Array | None,
+    ]
 )
 # left, right, pivots, ranks, error, energy; see fp_fold_out
 _Fold = tuple[_Array, _Array, _Array | None, _Array, _Array, _Array]

@@ -1,26 +1,52 @@
 """Folds of one attention block: from its matrices to the encodings of its tensors.
 
-Data-free: what the normalisation before the block puts out is taken as white before its gain, so
-input j has the root mean square |gain_j| (1 where no such norm is known). IRC sees the logits'
-matrices M_i = [W_q,i b_q,i]^T W_k,j, DWC the outputs' W_o,i W_v,j; see csrc/include/foldprune.h
-for the core.
+IRC sees the logits' matrices M_i = [W_q,i b_q,i]^T W_k,j, DWC the outputs' W_o,i W_v,j; see
+csrc/include/foldprune.h for the core. What the block's inputs are is known from their moments
+(query, key and value read the same ones). Data-free, what the normalisation before the block puts
+out is taken as white before its gain, so input j has the root mean square |gain_j| (1 where no such
+norm is known).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 
 from . import _core
 from .encodings import Array, Dense, Diagonal, Encoding, Planes, Rows, Zeros
-from .errors import ModelError, TensorTypeError
+from .errors import ModelError, TensorError, TensorTypeError
 from .schemas.layout import AttentionBlock, Matrix
 from .tensors import is_weight_dtype
 
-__all__ = ["Curve", "Fold", "Refused", "dwc", "dwc_curve", "exact_in", "irc", "irc_curve"]
+__all__ = [
+    "Curve",
+    "Fold",
+    "Moments",
+    "Refused",
+    "dwc",
+    "dwc_curve",
+    "exact_in",
+    "irc",
+    "irc_curve",
+]
+
+
+class Moments(Protocol):
+    """What calibration knows of a block's inputs x: their ``count``, ``mean`` (d,) and ``second``
+    moment (d, d), the mean of x x^T, both float64."""
+
+    @property
+    def count(self) -> float: ...
+
+    @property
+    def mean(self) -> Array: ...
+
+    @property
+    def second(self) -> Array: ...
 
 
 @dataclass
@@ -101,21 +127,104 @@ def _load_pair(
     return one, other
 
 
-def _logit_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[Any, ...]:
+class _Inputs:
+    """How a block's inputs weigh errors: ``scale``, the root mean square of each one, and with
+    moments the ``mean`` and factors F of their second moments F F^T, (d, d) float64 each.
+
+    ``centred``: of the covariance; ``plain``: of x; ``extended``: of [x; 1]. The covariance is
+    shrunk towards its diagonal by d / (d + count), so that directions that few rows happened not to
+    take still count.
+    """
+
+    mean: Array
+    centred: Array
+
+    def __init__(
+        self, block: AttentionBlock, arrays: Mapping[str, Array], moments: Moments | None
+    ) -> None:
+        self.known = moments is not None
+        self.scale = None if moments is not None else input_scale(block, arrays)
+        if moments is None:
+            return
+        d = block.query.cols
+        self.mean = np.asarray(moments.mean, np.float64)
+        second = np.asarray(moments.second, np.float64)
+        if self.mean.shape != (d,) or second.shape != (d, d):
+            raise TensorError(
+                f"{block.name}: moments of shapes {self.mean.shape} and {second.shape} for "
+                f"{block.query.weight!r} with {d} inputs; calibrate with this model"
+            )
+        if not (np.isfinite(second).all() and np.isfinite(self.mean).all()):
+            raise TensorError(f"{block.name}: the moments of its inputs hold NaN or Inf")
+        covariance = second - np.outer(self.mean, self.mean)
+        variance = covariance.diagonal().copy()
+        largest = variance.max()
+        if not (moments.count > 1 and largest > 1e-12 * second.diagonal().max()):
+            raise TensorError(
+                f"{block.name}: its calibrated inputs do not vary ({moments.count:g} rows); "
+                "calibrate with more rows"
+            )
+        covariance *= 1 - _shrinkage(d, float(moments.count))
+        # inputs that never varied get a little variance, so that no input counts for nothing
+        np.fill_diagonal(covariance, np.maximum(variance, 1e-12 * largest))
+        self.centred = np.linalg.cholesky(covariance)
+
+    def weigh(self, rows: Array) -> Array:
+        """Rows (..., d) in the units of x's second moment: their norms are root mean squares."""
+        if self.known:
+            return np.asarray(rows @ self.plain)
+        return rows if self.scale is None else rows * self.scale
+
+    @cached_property
+    def plain(self) -> Array:
+        return np.linalg.cholesky(self.centred @ self.centred.T + np.outer(self.mean, self.mean))
+
+    @cached_property
+    def extended(self) -> Array:
+        d = len(self.mean)
+        factor = np.zeros((d + 1, d + 1))
+        factor[:d, :d], factor[:d, d], factor[d, d] = self.centred, self.mean, 1.0
+        return factor
+
+
+def _shrinkage(d: int, count: float) -> float:
+    # the least amount keeps the Cholesky factorisation positive definite
+    return max(d / (d + count), 1e-7)
+
+
+def _logit_heads(
+    block: AttentionBlock, arrays: Mapping[str, Array], inputs: _Inputs
+) -> tuple[Any, ...]:
     query, key = _load_pair(block, arrays, block.query, block.key)
-    # without rotation the key's bias adds a constant to each row of the softmax and drops out
+    # without rotation the key's bias adds a constant to each row of the softmax and drops out, and
+    # so does the keys' mean
     key_bias = key[1] if block.rope else None
-    scale = input_scale(block, arrays)
-    return (*query, key[0], key_bias, block.heads, block.groups, scale, scale)
+    heads = (*query, key[0], key_bias, block.heads, block.groups, inputs.scale, inputs.scale)
+    if not inputs.known or block.rope:
+        return heads
+    return (*heads, inputs.plain if query[1] is None else inputs.extended, inputs.centred)
 
 
-def _output_heads(block: AttentionBlock, arrays: Mapping[str, Array]) -> tuple[Any, ...]:
+def _output_heads(
+    block: AttentionBlock, arrays: Mapping[str, Array], inputs: _Inputs
+) -> tuple[Any, ...]:
     value, output = _load_pair(block, arrays, block.value, block.output)
     # rows of the softmax sum to one, so the value's bias is a constant that the output's bias
     # takes up
     extra = value[1] if block.output.bias is None else None
-    scale = input_scale(block, arrays)
-    return (output[0].T, None, value[0], extra, block.heads, block.groups, None, scale)
+    heads = (output[0].T, None, value[0], extra, block.heads, block.groups, None, inputs.scale)
+    if not inputs.known:
+        return heads
+    if extra is not None:  # the value at the mean input
+        extra = extra.astype(np.float64) + value[0].astype(np.float64) @ inputs.mean
+    # a bias takes up the mean; without one it is fitted too
+    factor = inputs.centred if _has_bias(block) else inputs.plain
+    return (*heads[:3], extra, *heads[4:], None, factor)
+
+
+def _has_bias(block: AttentionBlock) -> bool:
+    """Whether anything can take up a constant that is added to the block's output."""
+    return block.output.bias is not None or block.value.bias is not None
 
 
 def _bias_dtype(arrays: Mapping[str, Array], matrix: Matrix) -> np.dtype[Any]:
@@ -135,13 +244,17 @@ def irc(
     arrays: Mapping[str, Array],
     ranks: int | Array | None,
     threads: int = 1,
+    moments: Moments | None = None,
 ) -> Fold:
     """Identical row compression of query and key.
 
     ``ranks``: kept rank per head (planes under rotary embedding), one number or one per key head;
-    None is the lossless level, for dtypes where ``exact_in`` holds.
+    None is the lossless level, for dtypes where ``exact_in`` holds. With ``moments`` of the
+    block's inputs, the fold has the least mean square error of the logits over independent queries
+    and keys, the keys' mean left out as the softmax does.
     """
-    heads = _logit_heads(block, arrays)
+    inputs = _Inputs(block, arrays, None if ranks is None else moments)
+    heads = _logit_heads(block, arrays, inputs)
     dtype = heads[0].dtype
     gauge = exact_in(dtype)
     limit = block.head_dim // 2 if block.rope else block.head_dim
@@ -152,7 +265,7 @@ def irc(
         ranks = np.full(block.groups, ranks)
     wanted = None if ranks is None else _int32(ranks)
     if block.rope:
-        return _irc_planes(block, arrays, heads, wanted, gauge, threads)
+        return _irc_planes(block, arrays, heads, inputs, wanted, gauge, threads)
 
     left, right, pivots, kept, error, energy = _core.irc(heads, wanted, gauge, threads)
     per_group = block.heads // block.groups
@@ -219,12 +332,13 @@ def _irc_planes(
     block: AttentionBlock,
     arrays: Mapping[str, Array],
     heads: tuple[Any, ...],
+    inputs: _Inputs,
     ranks: Array | None,
     gauge: bool,
     threads: int,
 ) -> Fold:
     adjacent = block.rope == "adjacent"
-    scores = _core.rope_scores(heads, adjacent, threads)
+    scores = _plane_scores(block, heads, inputs, threads)
     left, right, pivots, kept, error, energy, planes = _core.rope(
         heads, adjacent, scores, ranks, gauge, threads
     )
@@ -282,6 +396,13 @@ def _irc_planes(
     return fold
 
 
+def _plane_scores(
+    block: AttentionBlock, heads: tuple[Any, ...], inputs: _Inputs, threads: int
+) -> Array:
+    """What every plane contributes to the logits: (groups, head_dim / 2)."""
+    return _core.rope_scores(heads, block.rope == "adjacent", threads)
+
+
 def _pivots_hold(right: Array, pivots: Array, ranks: Array) -> bool:
     return all(
         bool(np.all(right[j, np.arange(r), 0, pivots[j, :r]] == 1))
@@ -302,18 +423,22 @@ def dwc(
     arrays: Mapping[str, Array],
     mode: str | int | Array,
     threads: int = 1,
+    moments: Moments | None = None,
 ) -> Fold:
     """Diagonal weight compression of value.
 
     ``mode``: "slice", "pivot", "lossless", or the remainder's rank (one number, or one per key
-    head). Raises Refused where a slice is not defined or the dtype's range is left.
+    head). With ``moments`` of the block's inputs the output projection is refitted, and where the
+    output or the value has a bias, that keeps the block's mean output. Raises Refused where a slice
+    is not defined or the dtype's range is left.
     """
-    heads = _output_heads(block, arrays)
+    inputs = _Inputs(block, arrays, None if _is_lossless(mode) else moments)
+    heads = _output_heads(block, arrays, inputs)
     dtype, head_dim, groups = heads[2].dtype, block.head_dim, block.groups
-    cols, scale = block.value.cols, heads[-1]
+    cols = block.value.cols
     if isinstance(mode, str):
         left, right, pivots, ranks, error, energy = _dwc_named(block, heads, mode, threads)
-        remainder_ranks = ranks if mode == "lossless" else np.zeros_like(ranks)
+        remainder_ranks = ranks if _is_lossless(mode) else np.zeros_like(ranks)
         factors = None
     else:
         if isinstance(mode, int):
@@ -331,8 +456,7 @@ def dwc(
     assert pivots is not None
 
     lefts, rights = [np.zeros(0)], [np.zeros(0)]
-    norms = np.zeros((groups, head_dim))
-    scale = np.ones(cols) if scale is None else scale
+    read = np.zeros((groups, head_dim, cols))  # what each value head reads of its input
     for j, (rank, k) in enumerate(zip(ranks.tolist(), remainder_ranks.tolist(), strict=True)):
         chosen, free = pivots[j, :rank], _free(cols, pivots[j, :rank])
         if factors is None:
@@ -345,8 +469,8 @@ def dwc(
             rights.append(b[:k].ravel())
         elif k:
             rights.append(remainder.ravel())
-        squared = scale[chosen] ** 2 + ((remainder * scale[free]) ** 2).sum(axis=1)
-        norms[j, :rank] = np.sqrt(squared)
+        read[j, np.arange(rank), chosen] = 1.0
+        read[j, :rank, free] = remainder.T
     value = Diagonal(
         groups,
         head_dim,
@@ -363,24 +487,32 @@ def dwc(
     output = np.zeros((rows, block.heads, head_dim))
     output[:, :, :capacity] = left.transpose(2, 0, 1)
     fold.output = _round(output.reshape(rows, -1), dtype)
-    fold.output_scale = np.repeat(norms, block.heads // groups, axis=0).ravel().astype(np.float32)
+    scale = np.linalg.norm(inputs.weigh(read), axis=2)
+    fold.output_scale = np.repeat(scale, block.heads // groups, axis=0).ravel().astype(np.float32)
+    if block.output.bias is not None and (inputs.known or block.value.bias is not None):
+        fold.output_bias = _fold_bias(block, arrays, inputs, value, fold.output)
     if block.value.bias is not None:
         bias_dtype = _bias_dtype(arrays, block.value)
         if block.output.bias is not None:
-            fold.output_bias = _fold_bias(block, arrays)
             fold.biases["value"] = Zeros((block.value.rows,), bias_dtype)
         else:
             bias = np.zeros((groups, head_dim))
             bias[:, :capacity] = right[:, :, cols]
+            if inputs.known:
+                bias -= (value.unpack().astype(np.float64) @ inputs.mean).reshape(bias.shape)
             fold.biases["value"] = Dense(_round(bias.ravel(), bias_dtype))
     return fold
+
+
+def _is_lossless(mode: str | int | Array) -> bool:
+    return isinstance(mode, str) and mode == "lossless"
 
 
 def _dwc_named(
     block: AttentionBlock, heads: tuple[Any, ...], mode: str, threads: int
 ) -> tuple[Array, Array, Array | None, Array, Array, Array]:
     cols, head_dim = block.value.cols, block.head_dim
-    if mode == "lossless":
+    if _is_lossless(mode):
         return _core.irc(heads, None, True, threads)
     if mode == "pivot":
         return _core.dwc_select(heads, None, min(head_dim, cols), threads)
@@ -394,14 +526,35 @@ def _dwc_named(
     return _core.dwc_select(heads, columns, head_dim, threads)
 
 
-def _fold_bias(block: AttentionBlock, arrays: Mapping[str, Array]) -> Array:
-    """b_o + W_o b_v, each value head's bias seen by every query head of its group."""
-    assert block.value.bias is not None and block.output.bias is not None
-    value = block.value.bias_view(arrays[block.value.bias], block.heads).astype(np.float64)
-    seen = np.repeat(value.reshape(block.groups, -1), block.heads // block.groups, axis=0).ravel()
-    weight = block.output.view(arrays[block.output.weight], block.heads).astype(np.float64)
-    bias = arrays[block.output.bias]
-    return _round(bias.astype(np.float64) + weight @ seen, bias.dtype)
+def _fold_bias(
+    block: AttentionBlock,
+    arrays: Mapping[str, Array],
+    inputs: _Inputs,
+    value: Diagonal,
+    output: Array,
+) -> Array:
+    """b_o + W_o b_v and, where the mean input is known, what the fold changes there."""
+    assert block.output.bias is not None
+
+    def at_output(weight: Array, constant: Array) -> Array:
+        """A constant value, each value head's seen by every query head of its group."""
+        by_head = constant.reshape(block.groups, -1)
+        seen = np.repeat(by_head, block.heads // block.groups, axis=0).ravel()
+        return np.asarray(weight.astype(np.float64) @ seen)
+
+    (old_value, value_bias), (old_output, bias) = (
+        _load(block, arrays, matrix) for matrix in (block.value, block.output)
+    )
+    constant = np.zeros(block.value.rows)
+    if value_bias is not None:
+        constant += value_bias.astype(np.float64)
+    if inputs.known:
+        constant += old_value.astype(np.float64) @ inputs.mean
+    assert bias is not None
+    total = bias.astype(np.float64) + at_output(old_output, constant)
+    if inputs.known:
+        total -= at_output(output, value.unpack().astype(np.float64) @ inputs.mean)
+    return _round(total, bias.dtype)
 
 
 # ---- what less rank costs -----------------------------------------------------------------------
@@ -422,15 +575,21 @@ class Curve:
     error: list[Array]
 
 
-def irc_curve(block: AttentionBlock, arrays: Mapping[str, Array], threads: int = 1) -> Curve:
-    heads = _logit_heads(block, arrays)
+def irc_curve(
+    block: AttentionBlock,
+    arrays: Mapping[str, Array],
+    threads: int = 1,
+    moments: Moments | None = None,
+) -> Curve:
+    inputs = _Inputs(block, arrays, moments)
+    heads = _logit_heads(block, arrays, inputs)
     gauge = exact_in(heads[0].dtype)
     cols, head_dim = block.query.cols, block.head_dim
     per_group = block.heads // block.groups
     query_cols = cols + (block.query.bias is not None)
     dense = (block.query.rows * query_cols) + block.key.rows * (cols + (block.key.bias is not None))
     if block.rope:
-        squared = -np.sort(-_core.rope_scores(heads, block.rope == "adjacent", threads), axis=1)
+        squared = -np.sort(-_plane_scores(block, heads, inputs, threads), axis=1)
         r = np.arange(squared.shape[1] + 1)
         key = 2 * r * (cols + (block.key.bias is not None)) - (2 * r if gauge else 0)
         stored = 2 * r * per_group * query_cols + key
@@ -444,8 +603,13 @@ def irc_curve(block: AttentionBlock, arrays: Mapping[str, Array], threads: int =
     return _curve(block, squared, float(squared.sum()), stored, dense, start)
 
 
-def dwc_curve(block: AttentionBlock, arrays: Mapping[str, Array], threads: int = 1) -> Curve:
-    heads = _output_heads(block, arrays)
+def dwc_curve(
+    block: AttentionBlock,
+    arrays: Mapping[str, Array],
+    threads: int = 1,
+    moments: Moments | None = None,
+) -> Curve:
+    heads = _output_heads(block, arrays, _Inputs(block, arrays, moments))
     gauge = exact_in(heads[2].dtype)
     cols, head_dim = block.value.cols, block.head_dim
     has_bias = block.value.bias is not None

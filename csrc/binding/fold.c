@@ -1,26 +1,52 @@
 /* Folds. Every function takes the heads as (left, left_bias, right, right_extra, heads, groups) and
- * optionally left_scale and right_scale (float64 vectors or None). */
+ * optionally left_scale and right_scale (float64 vectors or None), left_factor and right_factor
+ * (square float64 arrays or None). */
 #include "binding.h"
+
+/* A square C-contiguous float64 array of `size` columns; None gives NULL. */
+static int factor_from(PyObject *object, const char *what, size_t size, const double **factor)
+{
+    *factor = NULL;
+    if (object == Py_None)
+        return 0;
+    PyArrayObject *array = (PyArrayObject *)object;
+    if (!PyArray_Check(object) || PyArray_TYPE(array) != NPY_DOUBLE ||
+        !PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISBEHAVED_RO(array)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a C-contiguous float64 array", what);
+        return -1;
+    }
+    if (PyArray_NDIM(array) != 2 || (size_t)PyArray_DIM(array, 0) != size ||
+        (size_t)PyArray_DIM(array, 1) != size) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %zu x %zu numbers", what, size, size);
+        return -1;
+    }
+    *factor = PyArray_DATA(array);
+    return 0;
+}
 
 static int heads_from(PyObject *module, PyObject *tuple, fp_heads *h)
 {
     PyObject *left, *left_bias, *right, *right_extra;
     PyObject *left_scale = Py_None, *right_scale = Py_None;
+    PyObject *left_factor = Py_None, *right_factor = Py_None;
     PyArrayObject *scales[2];
     Py_ssize_t heads, groups;
     if (!PyTuple_Check(tuple)) {
         PyErr_SetString(PyExc_TypeError, "expected a tuple of heads");
         return -1;
     }
-    if (!PyArg_ParseTuple(tuple, "OOOOnn|OO", &left, &left_bias, &right, &right_extra, &heads,
-                          &groups, &left_scale, &right_scale))
+    if (!PyArg_ParseTuple(tuple, "OOOOnn|OOOO", &left, &left_bias, &right, &right_extra, &heads,
+                          &groups, &left_scale, &right_scale, &left_factor, &right_factor))
         return -1;
     if (matrix_from(module, left, "left", 0, 0, &h->left) ||
         matrix_from(module, left_bias, "left_bias", 1, 1, &h->left_bias) ||
         matrix_from(module, right, "right", 0, 0, &h->right) ||
         matrix_from(module, right_extra, "right_extra", 1, 1, &h->right_extra) ||
         typed_vector(left_scale, NPY_DOUBLE, "left_scale", 1, &scales[0]) ||
-        typed_vector(right_scale, NPY_DOUBLE, "right_scale", 1, &scales[1]))
+        typed_vector(right_scale, NPY_DOUBLE, "right_scale", 1, &scales[1]) ||
+        factor_from(left_factor, "left_factor", h->left.cols + (h->left_bias.data != NULL),
+                    &h->left_factor) ||
+        factor_from(right_factor, "right_factor", h->right.cols, &h->right_factor))
         return -1;
     if ((scales[0] && (size_t)PyArray_SIZE(scales[0]) != h->left.cols) ||
         (scales[1] && (size_t)PyArray_SIZE(scales[1]) != h->right.cols)) {

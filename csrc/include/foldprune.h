@@ -162,6 +162,11 @@ typedef struct fp_heads {
      * planes are judged in these units. One number per column of left and of right, without the
      * bias and extra columns, which meet 1. */
     const double *left_scale, *right_scale;
+    /* Instead of a side's scales, all that is known of what its columns meet: a square row-major
+     * F, F F^T their second moment, no row of zeros; NULL if not known. left_factor counts the bias
+     * column too, as the last one; right_factor leaves the extra column out. Errors are then
+     * ||F_left^T (M - M') F_right||^2. */
+    const double *left_factor, *right_factor;
 } fp_heads;
 
 /* What a fold writes, all float64, row-major. n = left.cols + bias, d = right.cols, e = extra.
@@ -171,37 +176,42 @@ typedef struct fp_fold_out {
     double *right;   /* groups x capacity x (d + e) */
     int32_t *pivots; /* groups x capacity: pivots of the identity, or NULL for no gauge */
     int32_t *ranks;  /* groups */
-    double *error;   /* groups: squared Frobenius error of M, its columns scaled */
-    double *energy;  /* groups: squared Frobenius norm of M, likewise */
+    double *error;   /* groups: squared error of M, weighted as fp_heads says */
+    double *energy;  /* groups: squared norm of M, likewise */
     size_t capacity; /* rows per head that left, right and pivots have room for */
 } fp_fold_out;
 
 size_t fp_fold_work(const fp_heads *h, int threads);
 
-/* Squared singular values of each group's M in descending order: groups x head_dim. */
+/* Squared singular values of each group's weighted M in descending order: groups x head_dim. */
 fp_status fp_irc_spectrum(const fp_heads *h, double *squared, int threads, void *work,
                           size_t work_bytes);
 
 /* IRC: rank-r factors of M per group (ranks[j] <= head_dim; ranks NULL means all of M, by its
- * numerical rank). With out->pivots the right factor holds the identity in `rank` of its columns,
- * chosen by column-pivoted QR, so that rank^2 numbers need no storing; without, the
- * factors are balanced (equal singular values). */
+ * numerical rank), of least weighted error. With out->pivots the right factor holds the identity in
+ * `rank` of its columns, chosen by column-pivoted QR, so that rank^2 numbers need no storing;
+ * without, the factors are balanced (equal singular values, each as its own side weighs it). */
 fp_status fp_irc_apply(const fp_heads *h, const int32_t *ranks, fp_fold_out *out, int threads,
                        void *work, size_t work_bytes);
 
-/* DWC with given columns (groups x capacity) or, with columns NULL, the capacity columns of M of
- * largest norm: left = M[:, S]^T, right = identity in S (extra: least squares). */
+/* DWC with given columns (groups x capacity) or, with columns NULL, chosen: right = identity in the
+ * columns S (extra: least squares), left = (M[:, S] + what S tells of M's other columns)^T, which
+ * without a right_factor is nothing. Chosen are the columns of M of largest norm; with a
+ * right_factor one after the other, each the one that lowers the error most, fewer than capacity
+ * where the rest add nothing. Always in ascending order. */
 fp_status fp_dwc_select(const fp_heads *h, const int32_t *columns, fp_fold_out *out, int threads,
                         void *work, size_t work_bytes);
 
-/* DWC lossless gauge with the remainder cut to rank k per group (remainder_ranks NULL: kept whole,
- * as fp_irc_apply without ranks). The remainder stands in the non-pivot columns of out->right, and
- * its factors in a (groups x capacity x head_dim, first k columns used) and b (groups x head_dim x
- * d, first k rows used, zero at pivots). */
+/* DWC with the identity in pivot columns of right and in the other ones a remainder of rank k per
+ * group (remainder_ranks NULL: kept whole, as fp_irc_apply without ranks). The remainder's factors
+ * are a (groups x capacity x head_dim, first k columns used) and b (groups x head_dim x d, first k
+ * rows used, zero at pivots); out->right has the identity and the extra column alone. Remainder and
+ * out->left are those of least weighted error together. */
 fp_status fp_dwc_remainder(const fp_heads *h, const int32_t *remainder_ranks, fp_fold_out *out,
                            double *a, double *b, int threads, void *work, size_t work_bytes);
 
-/* Squared singular values of the weighted remainder per group: groups x head_dim. */
+/* What each rank of the remainder takes off fp_dwc_remainder's error: groups x head_dim, in
+ * descending order. */
 fp_status fp_dwc_spectrum(const fp_heads *h, double *squared, double *energy, int threads,
                           void *work, size_t work_bytes);
 

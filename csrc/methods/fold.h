@@ -1,8 +1,9 @@
 /* What IRC and DWC share: one group of heads whose product M = L^T R is all that the model sees.
  *
  * L (head_dim x N) stacks the group's heads side by side, R is (head_dim x d, then the extra
- * column). With L^T = Q_L R_L, ||M - M'|| = ||X - X'|| for X = R_L R: every decision is taken on
- * the small X (head_dim x d), never on the N x d product. */
+ * column). F_left and F_right are the weighting of their columns: factors or diagonals of scales.
+ * With F_left^T L^T = Q_L R_L, ||F_left^T (M - M') F_right|| = ||(X - X') F_right|| for X = R_L R:
+ * every decision is taken on the small X (head_dim x d), never on the N x d product. */
 #ifndef FOLDPRUNE_FOLD_H
 #define FOLDPRUNE_FOLD_H
 
@@ -26,14 +27,20 @@ typedef struct fp_fold_buffers {
     double *right;  /* row-major h x de */
     double *qr;     /* N x h */
     double *r_left; /* k x h */
-    double *x;      /* k x de */
+    double *seen;   /* row-major h x d: right times its weighting */
+    double *x;      /* k x de: its columns times fp_fold_call's scale */
+    double *white;  /* k x d: the weighted product; x itself where there is no right_factor */
     double *y;      /* k x de: what a factorisation overwrites */
+    double *rest;   /* row-major h x d: what a regression leaves of seen */
     double *u;      /* k x k */
     double *vt;     /* min(k, d) x d */
     double *s;      /* h */
     double *tau;    /* max(h, d) */
     double *basis;  /* h x h: columns that left is projected on */
     double *mix;    /* h x h */
+    double *fitted; /* h x h: coefficients of a second fit */
+    double *panel;  /* max(h, d) x h: a least-squares problem's matrix */
+    double *target; /* max(h, d) x (h + 1): its right-hand sides */
     double *lapack;
     int32_t *pivots; /* d */
     int32_t *ints;   /* LAPACK's integer workspace */
@@ -45,6 +52,7 @@ typedef struct fp_fold_call {
     fp_fold_dims dims;
     const int32_t *ranks;
     const int32_t *columns;
+    const double *scale; /* d: root mean square of what right's columns meet; NULL for 1 */
     fp_fold_out *out;
     double *squared, *energy, *a, *b;
     fp_status *status; /* per group */
@@ -61,26 +69,28 @@ fp_fold_buffers fp_fold_worker(const fp_fold_call *call, int worker);
 /* Loads group j and computes X; returns ||M||^2. */
 fp_status fp_fold_load(const fp_fold_call *call, size_t group, fp_fold_buffers *w, double *energy);
 
+/* Sum of squares. */
+double fp_fold_energy(const double *x, size_t n);
+
 /* Thin SVD of `rows` x d matrix y (overwritten): u, s, vt. */
 fp_status fp_fold_svd(const fp_fold_dims *m, int32_t rows, const int32_t cols, fp_fold_buffers *w);
 
-/* How many of s[0 .. n), descending, are above rounding noise. */
-int32_t fp_fold_numerical_rank(const fp_fold_dims *m, const double *s, int32_t n, int32_t stride);
+/* What counts as rounding noise beside 1. */
+double fp_fold_noise(const fp_fold_dims *m);
 
-/* Column-pivoted QR of y's first d of de columns (rows x de, overwritten; the extra column is
+/* How many of s[0 .. n), descending, are above rounding noise beside `largest`. */
+int32_t fp_fold_numerical_rank(const fp_fold_dims *m, const double *s, int32_t n, int32_t stride,
+                               double largest);
+
+/* Column-pivoted QR of y's first d of de columns (rows x de, overwritten; `extra` more columns are
  * carried along). Leaves R11 in y's first rank columns, R11^-1 times the rest in the other ones,
- * and pivots (from 0) in w->pivots. If keep_r12, the other columns hold R12 itself, unsolved. */
-fp_status fp_fold_gauge(const fp_fold_dims *m, int32_t rows, int32_t extra, int keep_r12,
-                        fp_fold_buffers *w, int32_t *rank);
-
-/* Solves R11 z = z for `cols` columns of z (leading dimension ldz), R11 as fp_fold_gauge left it in
- * y. */
-void fp_fold_solve(int32_t rank, int32_t rows, int32_t cols, const double *r11, double *z,
-                   int32_t ldz);
+ * and pivots (from 0) in w->pivots. */
+fp_status fp_fold_gauge(const fp_fold_dims *m, int32_t rows, int32_t extra, fp_fold_buffers *w,
+                        int32_t *rank);
 
 /* Writes [identity | solved rest] to out->right and pivots to out->pivots. */
 void fp_fold_write_gauge(const fp_fold_call *call, size_t group, const fp_fold_buffers *w,
-                         int32_t rows, int32_t rank, int with_rest);
+                         int32_t rows, int32_t rank);
 
 /* What column j of right meets. */
 double fp_fold_right_scale(const fp_fold_call *call, int32_t column);
