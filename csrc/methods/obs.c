@@ -55,12 +55,13 @@ static void scale_rows(void *context, size_t item, int worker)
     factor_call *c = context;
     size_t n = c->n, end = (item + 1) * STRIP < n ? (item + 1) * STRIP : n;
     (void)worker;
-    for (size_t i = item * STRIP; i < end; i++) {
+    for (size_t i = item * STRIP; i < end; i++)
         memset(c->a + i * n, 0, (i + 1) * sizeof *c->a);
-        for (size_t j = i + 1; j < n; j++) {
-            const double *column = c->l + (n - 1 - j) * n; /* column-major */
-            c->a[i * n + j] = (float)(column[n - 1 - i] / column[n - 1 - j]);
-        }
+    for (size_t j = item * STRIP + 1; j < n; j++) {
+        const double *column = c->l + (n - 1 - j) * n; /* column-major */
+        double scale = 1.0 / column[n - 1 - j];
+        for (size_t i = item * STRIP; i < end && i < j; i++)
+            c->a[i * n + j] = (float)(column[n - 1 - i] * scale);
     }
 }
 

@@ -7,7 +7,7 @@
 #include "matrix.h"
 #include "parallel.h"
 
-enum { TILE = 32 }; /* rows, a multiple of 8 */
+enum { TILE = 96 }; /* rows, a multiple of 8 */
 static const double ONE = 1.0, TWO = 2.0, ZERO = 0.0;
 
 static int kept(const uint8_t *mask, size_t bit)
