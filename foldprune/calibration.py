@@ -112,7 +112,9 @@ class Moments:
     def second(self) -> Array:
         """(1/n) sum of x x^T over all rows, fitted and held out: (d, d)."""
         first, *rest = (s.second for s in self._inputs.sets if s.second is not None)
-        total = first + rest[0] if rest else first.copy()
+        total = np.array(first)
+        for second in rest:
+            total += second
         total /= self.count
         return total
 
