@@ -230,7 +230,7 @@ def test_config_files(state, tmp_path):
     [
         ("recipe", {"fpp": 0.5}, TypeError),
         ("recipe", "paper", TypeError),
-        ("calibration", [1], ValueError),
+        ("calibration", [1], TypeError),
         ("threads", 0, ValueError),
         ("threads", "2", TypeError),
     ],
