@@ -283,15 +283,17 @@ class _Batch:
         return (self.value if isinstance(self.value, tuple) else (self.value,)), {}
 
     def _stream(self, mask_name: str, inputs: Iterable[str]) -> _Stream | None:
+        """The mask's positions, or without a mask the inputs'; None if the batch has neither."""
+        values = [self.named.get(name) for name in inputs]
+        shape = next((tuple(v.shape[:2]) for v in values if isinstance(v, torch.Tensor)), None)
         mask = self.named.get(mask_name)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            if not ((mask == 0) | (mask == 1)).all():
-                raise TensorError(f"{mask_name}: expected 1 for tokens and 0 for padding")
-            return _Stream(tuple(mask.shape), mask.bool())
-        for name in inputs:
-            if isinstance(value := self.named.get(name), torch.Tensor):
-                return _Stream(tuple(value.shape[:2]), None)
-        return None
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            return _Stream(shape, None) if shape else None
+        if shape not in (None, tuple(mask.shape)):
+            raise TensorError(f"{mask_name} is of shape {tuple(mask.shape)}, the tokens of {shape}")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise TensorError(f"{mask_name}: expected 1 for tokens and 0 for padding")
+        return _Stream(tuple(mask.shape), mask.bool())
 
     def tokens(self, name: str, shape: Sequence[int]) -> _Stream:
         """How a layer's rows of that leading shape, which may be flattened, are tokens."""
@@ -463,7 +465,8 @@ class _Collector:
         ) -> torch.Tensor:
             if not output.requires_grad:
                 leaves.append(output.detach().requires_grad_())
-                output = leaves[-1].clone()  # a leaf could not be changed in place
+                output = leaves[-1]
+            output = output.clone()  # a leaf or a view, changed in place, would lose the hook
             output.register_hook(partial(add, name))
             return output
 
@@ -472,10 +475,12 @@ class _Collector:
                 stack.callback(module.register_forward_hook(partial(watch, name)).remove)
             with _naming(batch.index), torch.enable_grad():
                 value = loss(self.model, batch.value) if loss else self._own_loss(batch)
-                if value is None or not leaves:
+                if value is None:
                     return
                 if not isinstance(value, torch.Tensor) or value.numel() != 1:
                     raise ModelError("the loss is not a tensor with one number")
+                if not leaves:  # the sequence reached none of the layers
+                    return
                 if not value.requires_grad:
                     raise ModelError("the loss does not depend on the layers' outputs")
                 torch.autograd.grad(value.sum(), leaves, allow_unused=True)
