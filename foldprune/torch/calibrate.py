@@ -26,7 +26,9 @@ __all__ = ["calibrate"]
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 
 # keys and values of cross-attention: in the decoder, but what they read is the encoder's
-_CROSS = re.compile(r"(encoder_attn|EncDecAttention|cross_?attn|crossattention)\..*(k|v|key|value)")
+_CROSS = re.compile(
+    r"(encoder_attn|EncDecAttention|cross_?attn|crossattention)\.(self\.)?(k|v|k_proj|v_proj|key|value)$"
+)
 
 
 def calibrate(
@@ -139,7 +141,7 @@ def calibrate(
                 done += 1
                 report(done, max(total, done) if total else 0, f"pass {i + 1} of {len(groups)}")
             if len(groups) > 1:
-                calibration._spill(name for name in group if name in calibration)
+                calibration._spill(group)
     if not len(calibration):
         raise ModelError(
             f"none of the {len(layers)} layers saw an input: the model's forward pass does not "
