@@ -354,7 +354,7 @@ class Calibration:
     def _spill(self, names: Iterable[str]) -> None:
         """Moves these layers' matrices into a temporary file, so that they take disk (TMPDIR), not
         memory; they read and add up as before."""
-        for name in names:
+        for name in self._inputs.keys() & set(names):
             for sums in self._inputs[name].sets:
                 if sums.second is not None:
                     with tempfile.TemporaryFile() as file:  # mapped, it outlives its name

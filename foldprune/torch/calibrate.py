@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-import math
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
@@ -18,15 +14,13 @@ from typing import Any
 import torch
 
 from ..calibration import Calibration, layer_name
-from ..errors import FoldpruneError, ModelError, TensorError
+from ..errors import ModelError
 from ..options import Progress, reporter, resolve_threads
+from .batches import Batch, naming
 
 __all__ = ["calibrate"]
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
-
-# keys and values of cross-attention: in the decoder, but what they read is the encoder's
-_CROSS = re.compile(r"(encoder_attn|EncDecAttention|cross_?attn|crossattention)\..*(k|v|key|value)")
 
 
 def calibrate(
@@ -117,7 +111,7 @@ def calibrate(
         except StopIteration:
             raise ModelError("there are no batches: a calibration needs data") from None
         collector = _Collector(model, calibration, layers, workers)
-        collector.find_shared(_Batch(model, first, 0))
+        collector.find_shared(Batch(model, first, 0))
         groups = collector.groups(max_bytes)
         if len(groups) > 1 and iterator is batches:
             raise TypeError(
@@ -128,9 +122,9 @@ def calibrate(
         total = passes * len(groups)
         done = 0
         for i, group in enumerate(groups):
-            wanted = gradients if i == 0 else 0
+            wanted = (gradients or 0) if i == 0 else 0
             for j, value in enumerate(chain([first], iterator) if i == 0 else batches):
-                batch = _Batch(model, value, j)
+                batch = Batch(model, value, j)
                 collector.count(batch, group, embeddings=i == 0)
                 sequences = batch.sequences(wanted)
                 for sequence in sequences:
@@ -139,7 +133,7 @@ def calibrate(
                 done += 1
                 report(done, max(total, done) if total else 0, f"pass {i + 1} of {len(groups)}")
             if len(groups) > 1:
-                calibration._spill(name for name in group if name in calibration)
+                calibration._spill(group)
     if not len(calibration):
         raise ModelError(
             f"none of the {len(layers)} layers saw an input: the model's forward pass does not "
@@ -210,127 +204,6 @@ def _prepared(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-# ---- batches ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _naming(index: int) -> Iterator[None]:
-    """Errors that name the batch."""
-    try:
-        yield
-    except FoldpruneError as error:
-        raise type(error)(f"batch {index}: {error}") from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"batch {index}: the model failed on it: {type(error).__name__}: {error}"
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """Token positions of a batch, and which of them are not padding."""
-
-    shape: tuple[int, ...]
-    mask: torch.Tensor | None
-
-
-class _Batch:
-    """A batch as the model's arguments, on its device."""
-
-    def __init__(self, model: torch.nn.Module, value: Any, index: int) -> None:
-        self.model, self.index = model, index
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        if isinstance(value, Mapping):
-            self.value: Any = {name: _moved(item, device) for name, item in value.items()}
-        elif isinstance(value, (tuple, list)) and any(isinstance(x, torch.Tensor) for x in value):
-            self.value = tuple(_moved(item, device) for item in value)
-        elif isinstance(value, torch.Tensor):
-            self.value = _moved(value, device)
-        else:
-            raise TypeError(
-                f"batch {index}: expected a mapping of arguments, a tuple of tensors or a tensor, "
-                f"got {type(value).__name__}"
-            )
-        args, kwargs = self.arguments
-        signature = inspect.signature(model.forward)
-        try:
-            bound = signature.bind(*args, **kwargs).arguments
-        except TypeError as error:
-            raise ModelError(
-                f"batch {index}: {type(model).__name__}.forward does not take it: {error}"
-            ) from None
-        self.named: dict[str, Any] = {**bound, **kwargs}  # positional ones by their names too
-        with _naming(index):
-            self.main = self._stream("attention_mask", ("input_ids", "inputs_embeds"))
-            self.decoder = self._stream(
-                "decoder_attention_mask", ("decoder_input_ids", "decoder_inputs_embeds")
-            )
-        labels = self.named.get("labels")
-        config = getattr(model, "config", None)
-        if (
-            self.decoder is None
-            and getattr(config, "is_encoder_decoder", False)
-            and isinstance(labels, torch.Tensor)
-        ):
-            self.decoder = _Stream(tuple(labels.shape), labels != -100)
-
-    @property
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if isinstance(self.value, dict):
-            return (), self.value
-        return (self.value if isinstance(self.value, tuple) else (self.value,)), {}
-
-    def _stream(self, mask_name: str, inputs: Iterable[str]) -> _Stream | None:
-        mask = self.named.get(mask_name)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            if not ((mask == 0) | (mask == 1)).all():
-                raise TensorError(f"{mask_name}: expected 1 for tokens and 0 for padding")
-            return _Stream(tuple(mask.shape), mask.bool())
-        for name in inputs:
-            if isinstance(value := self.named.get(name), torch.Tensor):
-                return _Stream(tuple(value.shape[:2]), None)
-        return None
-
-    def tokens(self, name: str, shape: Sequence[int]) -> _Stream:
-        """How a layer's rows of that leading shape, which may be flattened, are tokens."""
-        streams = [self.main, self.decoder]
-        if re.search(r"(^|\.)decoder\.", name) and not _CROSS.search(name):
-            streams.reverse()
-        for stream in streams:
-            if stream and tuple(shape) in (stream.shape, (math.prod(stream.shape),)):
-                return stream
-        return _Stream(tuple(shape), None)
-
-    def sequences(self, most: int) -> list[_Batch]:
-        """Batches of one sequence each, at most that many."""
-        args, kwargs = self.arguments
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim]
-        size = self.main.shape[0] if self.main else len(tensors[0]) if tensors else 1
-
-        def one(item: Any, i: int) -> Any:
-            fits = isinstance(item, torch.Tensor) and item.ndim and len(item) == size
-            return item[i : i + 1] if fits else item
-
-        parts: list[_Batch] = []
-        for i in range(min(most, size)):
-            if isinstance(self.value, dict):
-                part: Any = {name: one(item, i) for name, item in self.value.items()}
-            elif isinstance(self.value, tuple):
-                part = tuple(one(item, i) for item in self.value)
-            else:
-                part = one(self.value, i)
-            parts.append(_Batch(self.model, part, self.index))
-        return parts
-
-
-def _moved(item: Any, device: torch.device) -> Any:
-    if not isinstance(item, torch.Tensor):
-        return item
-    return (item.clone() if item.is_inference() else item.detach()).to(device)
-
-
 # ---- counting -----------------------------------------------------------------------------------
 
 
@@ -363,7 +236,7 @@ class _Collector:
         self.sources: dict[str, str] = {}  # of layers that share their input
         self.generator = torch.Generator().manual_seed(0)  # of the random projections
 
-    def find_shared(self, batch: _Batch) -> None:
+    def find_shared(self, batch: Batch) -> None:
         """Layers that in every call of a pass read the same tensor as another one."""
         seen = _Seen()
         calls: dict[str, list[int]] = {}
@@ -402,7 +275,7 @@ class _Collector:
             size += needed
         return groups
 
-    def count(self, batch: _Batch, group: Sequence[str], embeddings: bool) -> None:
+    def count(self, batch: Batch, group: Sequence[str], embeddings: bool) -> None:
         """One forward pass that adds up the group's inputs, and what embeddings read."""
         seen = _Seen()
 
@@ -434,7 +307,7 @@ class _Collector:
         self._forward(batch, actions)
 
     def _forward(
-        self, batch: _Batch, actions: Mapping[str, Callable[[str, torch.Tensor], None]]
+        self, batch: Batch, actions: Mapping[str, Callable[[str, torch.Tensor], None]]
     ) -> None:
         """Runs the model; each named layer's action is called with its name and input."""
         modules = {**self.linear, **self.embeddings}
@@ -444,12 +317,12 @@ class _Collector:
                 handle = modules[name].register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             args, kwargs = batch.arguments
-            with _naming(batch.index), torch.no_grad():
+            with naming(batch.index), torch.no_grad():
                 self.model(*args, **kwargs)
 
     # ---- gradients ------------------------------------------------------------------------------
 
-    def differentiate(self, batch: _Batch, loss: Loss | None) -> None:
+    def differentiate(self, batch: Batch, loss: Loss | None) -> None:
         """One backward pass that adds up the squares of the gradients at the layers' outputs. The
         graph begins at the first outputs, so that parameters take no part in it."""
         leaves: list[torch.Tensor] = []
@@ -463,24 +336,27 @@ class _Collector:
         ) -> torch.Tensor:
             if not output.requires_grad:
                 leaves.append(output.detach().requires_grad_())
-                output = leaves[-1].clone()  # a leaf could not be changed in place
+                output = leaves[-1]
+            output = output.clone()  # a leaf or a view, changed in place, would lose the hook
             output.register_hook(partial(add, name))
             return output
 
         with ExitStack() as stack:
-            for name, module in self.linear.items():
+            for name, module in {**self.embeddings, **self.linear}.items():
                 stack.callback(module.register_forward_hook(partial(watch, name)).remove)
-            with _naming(batch.index), torch.enable_grad():
+            with naming(batch.index), torch.enable_grad():
                 value = loss(self.model, batch.value) if loss else self._own_loss(batch)
-                if value is None or not leaves:
+                if value is None:
                     return
                 if not isinstance(value, torch.Tensor) or value.numel() != 1:
                     raise ModelError("the loss is not a tensor with one number")
+                if not leaves:  # the sequence reached none of the layers
+                    return
                 if not value.requires_grad:
                     raise ModelError("the loss does not depend on the layers' outputs")
                 torch.autograd.grad(value.sum(), leaves, allow_unused=True)
 
-    def _own_loss(self, batch: _Batch) -> torch.Tensor | None:
+    def _own_loss(self, batch: Batch) -> torch.Tensor | None:
         """The model's own loss, summed over tokens (None if all labels are ignored); without one,
         random projections of its output."""
         args, kwargs = batch.arguments
@@ -523,7 +399,7 @@ def _main_output(output: Any) -> torch.Tensor:
 
 
 def _as_tokens(
-    batch: _Batch, name: str, x: torch.Tensor
+    batch: Batch, name: str, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A layer's rows by sequence and token where they are the batch's, and their mask."""
     stream = batch.tokens(name, x.shape[:-1])
