@@ -82,6 +82,7 @@ DECLARE(rope);
 DECLARE(obs_factor);
 DECLARE(obs_sweep);
 DECLARE(refit);
+DECLARE(swap);
 DECLARE(damage);
 #undef DECLARE
 

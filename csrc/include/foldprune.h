@@ -220,8 +220,8 @@ fp_status fp_rope_scores(const fp_heads *h, fp_rope pairing, double *scores, int
 fp_status fp_rope_apply(const fp_heads *h, fp_rope pairing, const double *scores,
                         const int32_t *ranks, int32_t *planes, fp_fold_out *out, int threads);
 
-/* ---- FPP with update: masks and weights that make up for them (methods/obs.c, refit.c) *
- * A matrix W (rows x cols) is judged by the second moment of its inputs: replacing a row w by w'
+/* ---- FPP with update: masks and weights that make up for them (methods/obs.c, refit.c, damage.c)
+ * * A matrix W (rows x cols) is judged by the second moment of its inputs: replacing a row w by w'
  * costs (w' - w) H (w' - w)^T, H = C + damping I, symmetric, float64, row-major. */
 
 /* H = (I + A) D (I + A)^T with A strictly upper triangular and D diagonal: the Cholesky factor of
@@ -265,10 +265,17 @@ fp_status fp_obs_sweep(const fp_matrix *w, const float *a, const double *d,
 /* Exact least squares: the row on the support S of its mask that costs least, the solution of
  * H_SS w'_S = rhs_S, zero elsewhere. rhs (rows x cols, row-major): the targets' product with the
  * inputs, NULL for W H, which fits w itself; then a row that keeps everything stays as it is. out:
- * rows x cols of out_dtype, FP_F32 or FP_F64. FP_ERR_LAPACK if H is not positive definite. */
-size_t fp_refit_work(const uint8_t *mask, const double *rhs, size_t rows, size_t cols, int threads);
-fp_status fp_refit(const fp_matrix *w, const uint8_t *mask, const double *h, const double *rhs,
-                   void *out, fp_dtype out_dtype, int threads, void *work, size_t work_bytes);
+ * rows x cols of out_dtype, FP_F32 or FP_F64. FP_ERR_LAPACK if H is not positive definite.
+ *
+ * With rounds > 0 the mask changes too: in each round every row exchanges kept weights for as many
+ * removed ones that promise to gain more, anywhere in the row or, with group > 0, within each group
+ * of that many columns; and only if the row's exact cost then falls. A round takes about as long as
+ * the least squares alone. */
+size_t fp_refit_work(const uint8_t *mask, const double *rhs, size_t rows, size_t cols,
+                     unsigned rounds, int threads);
+fp_status fp_refit(const fp_matrix *w, uint8_t *mask, const double *h, const double *rhs,
+                   unsigned rounds, size_t group, void *out, fp_dtype out_dtype, int threads,
+                   void *work, size_t work_bytes);
 
 /* What a change costs, per row: numerator (w' - w) C (w' - w)^T, denominator w C w^T. Only the
  * upper triangle of C (cols x cols, symmetric, row-major) is read. */
