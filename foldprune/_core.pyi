@@ -119,5 +119,17 @@ def refit(
     w: _Array, mask: _Array, h: _Array, rhs: _Array | None = None, threads: int = 1
 ) -> _Array: ...
 
+# A better mask and its least squares: in each round every row exchanges kept weights for as many
+# removed ones, anywhere (group 0) or within groups of consecutive columns, if its exact cost falls.
+def swap(
+    w: _Array,
+    mask: _Array,
+    h: _Array,
+    rounds: int,
+    group: int = 0,
+    rhs: _Array | None = None,
+    threads: int = 1,
+) -> tuple[_Array, _Array]: ...
+
 # Per row (w_new - w) c (w_new - w)^T and w c w^T, float64 (out,)
 def damage(w: _Array, w_new: _Array, c: _Array, threads: int = 1) -> tuple[_Array, _Array]: ...

@@ -3,6 +3,7 @@ written from their definitions."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import ml_dtypes
@@ -165,7 +166,9 @@ def test_any_number_of_threads_gives_the_same_bytes(rule, block):
         )
         refitted = _core.refit(w, mask, h, threads=threads)
         damage = _core.damage(w, refitted, h, threads)
-        results.append([x.tobytes() for x in (a, d, mask, swept, refitted, *damage)])
+        better = _core.swap(w, mask, h, 2, threads=threads)
+        arrays = (a, d, mask, swept, refitted, *damage, *better)
+        results.append([x.tobytes() for x in arrays])
     assert results[1:] == results[:-1]
 
 
@@ -292,6 +295,74 @@ def test_refit_is_the_best_there_is():
     assert (_core.damage(w, swept, h)[0] > cost).all()
 
 
+# ---- exchanges ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [0, 4])
+@pytest.mark.parametrize("kind", ["few", "many", "some", "none", "all"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swaps_only_lower_the_cost(shape, kind, group):
+    h, w = statistics(shape[1]), weights(shape, np.float64)
+    keep = supports(shape)[kind]
+    rhs = weights(shape, np.float64, seed=6)
+    for target, given in ((w @ h, None), (rhs, rhs)):
+        last = -np.einsum("ij,ij->i", least_squares(keep, h, target), target)
+        for rounds in (1, 2, 5):
+            mask, fitted = _core.swap(w, bits(keep), h, rounds, group, given, threads=2)
+            support = unbits(mask, shape)
+            assert np.array_equal(support.sum(axis=1), keep.sum(axis=1))
+            exact = least_squares(support, h, target)
+            np.testing.assert_allclose(fitted, exact, rtol=1e-9, atol=1e-10)
+            cost = -np.einsum("ij,ij->i", exact, target)
+            assert (cost <= last + 1e-9 * np.abs(last)).all()
+            if group:
+                for begin in range(0, shape[1], group):
+                    columns = slice(begin, begin + group)
+                    assert np.array_equal(support[:, columns].sum(1), keep[:, columns].sum(1))
+            if kind in ("few", "many") and shape[1] > 30 and rounds == 1:
+                assert (cost < last).mean() > 0.5
+            last = cost
+
+
+def test_swaps_find_the_best_support_of_uncorrelated_inputs():
+    rng = np.random.default_rng(7)
+    shape = (30, 64)
+    h, w = np.diag(np.exp(rng.standard_normal(64))), weights(shape, np.float64)
+    gain = w**2 * np.diag(h)
+    keep = rng.random(shape) < 0.3
+    mask, fitted = _core.swap(w, bits(keep), h, 1)
+    best = np.zeros(shape, bool)
+    for row, k, values in zip(best, keep.sum(axis=1), gain, strict=True):
+        row[np.argsort(-values)[:k]] = True
+    assert np.array_equal(unbits(mask, shape), best)
+    np.testing.assert_allclose(fitted, np.where(best, w, 0.0), rtol=1e-12)
+    mask, _ = _core.swap(w, bits(keep), h, 1, group=8)
+    again, _ = _core.swap(w, bits(keep), h, 9, group=8)  # a pair of each group a round
+    for begin in range(0, 64, 8):
+        columns = slice(begin, begin + 8)
+        got = unbits(again, shape)[:, columns]
+        for row, values in zip(got, gain[:, columns], strict=True):
+            assert np.array_equal(np.flatnonzero(row), np.sort(np.argsort(-values)[: row.sum()]))
+    assert not np.array_equal(mask, again)
+
+
+def test_swaps_come_close_to_the_best_of_all_supports():
+    shape, k = (40, 12), 4
+    h, w = statistics(shape[1]), weights(shape, np.float64)
+    a, d = _core.obs_factor(h)
+    mask, _ = _core.obs_sweep(w, a, d, "row", shape[1] - k)
+    costs = []
+    for columns in itertools.combinations(range(shape[1]), k):
+        keep = np.zeros(shape, bool)
+        keep[:, columns] = True
+        costs.append(_core.damage(w, least_squares(keep, h, w @ h), h)[0])
+    best = np.min(costs, axis=0)
+    start = _core.damage(w, _core.refit(w, mask, h), h)[0]
+    end = _core.damage(w, _core.swap(w, mask, h, 10)[1], h)[0]
+    assert (end >= best * (1 - 1e-9)).all()
+    assert (end - best).sum() < 0.5 * (start - best).sum()
+
+
 # ---- damage -------------------------------------------------------------------------------------
 
 
@@ -352,6 +423,9 @@ def test_bad_input():
         (ValueError, "rhs: expected shape", lambda: _core.refit(w, mask, h, np.ones((6, 9)))),
         (TypeError, "rhs: wrong dtype", lambda: _core.refit(w, mask, h, w)),
         (ValueError, "C-contiguous", lambda: _core.refit(w[:, ::2], mask[:4], statistics(5))),
+        (ValueError, "rounds: must", lambda: _core.swap(w, mask, h, 0)),
+        (ValueError, "group: must", lambda: _core.swap(w, mask, h, 1, -1)),
+        (ValueError, "raise the damping", lambda: _core.swap(w, mask, -h, 1)),
         (ValueError, "w_new: has NaN", lambda: _core.damage(w, bad, h)),
         (ValueError, "sizes disagree", lambda: _core.damage(w, w[:4], h)),
         (ValueError, "c: expected shape", lambda: _core.damage(w, w, h[:9])),

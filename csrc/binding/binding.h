@@ -86,6 +86,7 @@ DECLARE(count_rows);
 DECLARE(obs_factor);
 DECLARE(obs_sweep);
 DECLARE(refit);
+DECLARE(swap);
 DECLARE(damage);
 #undef DECLARE
 

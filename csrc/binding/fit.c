@@ -209,38 +209,67 @@ PyObject *py_obs_sweep(PyObject *module, PyObject *args, PyObject *kwargs)
     return status ? raise_fit(status) : NULL;
 }
 
+/* refit and swap: with rounds the result is (new mask, weights), without the weights. */
+static PyObject *refit(PyObject *module, PyObject *w_object, PyObject *mask_object,
+                       PyObject *h_object, PyObject *rhs_object, unsigned rounds, size_t group,
+                       int threads)
+{
+    fp_matrix w;
+    fp_status status = FP_OK;
+    if (weights_from(module, w_object, "w", threads, &w) || !not_empty(&w))
+        return NULL;
+    uint8_t *given = mask_of(mask_object, &w);
+    const double *h = given ? doubles_of(h_object, "h", w.cols, w.cols, threads) : NULL;
+    const double *rhs = NULL;
+    if (h && rhs_object != Py_None)
+        rhs = doubles_of(rhs_object, "rhs", w.rows, w.cols, threads);
+    if (!h || (rhs_object != Py_None && !rhs))
+        return NULL;
+    fp_dtype out_dtype = w.dtype == FP_F64 ? FP_F64 : FP_F32;
+    size_t bytes = fp_refit_work(given, rhs, w.rows, w.cols, rounds, threads);
+    void *work = new_work(bytes);
+    PyArrayObject *mask = work ? new_matrix(NPY_UINT8, fp_mask_bytes(w.rows * w.cols), 0) : NULL;
+    PyArrayObject *out =
+        mask ? new_matrix(out_dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT, w.rows, w.cols) : NULL;
+    if (out) {
+        memcpy(PyArray_DATA(mask), given, fp_mask_bytes(w.rows * w.cols));
+        Py_BEGIN_ALLOW_THREADS
+        status = fp_refit(&w, PyArray_DATA(mask), h, rhs, rounds, group, PyArray_DATA(out),
+                          out_dtype, threads, work, bytes);
+        Py_END_ALLOW_THREADS
+    }
+    PyMem_RawFree(work);
+    if (out && !status && rounds)
+        return pair(mask, (PyObject *)out);
+    Py_XDECREF(mask);
+    if (out && !status)
+        return (PyObject *)out;
+    Py_XDECREF(out);
+    return status ? raise_fit(status) : NULL;
+}
+
 PyObject *py_refit(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"w", "mask", "h", "rhs", "threads", NULL};
-    PyObject *w_object, *mask_object, *h_object, *rhs_object = Py_None;
+    PyObject *w, *mask, *h, *rhs = Py_None;
     int threads = 1;
-    fp_matrix w;
-    fp_status status;
-    PARSE("OOO|Oi", &w_object, &mask_object, &h_object, &rhs_object, &threads)
-    if (weights_from(module, w_object, "w", threads, &w) || !not_empty(&w))
-        return NULL;
-    const uint8_t *mask = mask_of(mask_object, &w);
-    const double *h = mask ? doubles_of(h_object, "h", w.cols, w.cols, threads) : NULL, *rhs = NULL;
-    if (!h ||
-        (rhs_object != Py_None && !(rhs = doubles_of(rhs_object, "rhs", w.rows, w.cols, threads))))
-        return NULL;
-    fp_dtype out_dtype = w.dtype == FP_F64 ? FP_F64 : FP_F32;
-    size_t bytes = fp_refit_work(mask, rhs, w.rows, w.cols, threads);
-    void *work = new_work(bytes);
-    PyArrayObject *out =
-        work ? new_matrix(out_dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT, w.rows, w.cols) : NULL;
-    if (!out) {
-        PyMem_RawFree(work);
+    PARSE("OOO|Oi", &w, &mask, &h, &rhs, &threads)
+    return refit(module, w, mask, h, rhs, 0, 0, threads);
+}
+
+PyObject *py_swap(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"w", "mask", "h", "rounds", "group", "rhs", "threads", NULL};
+    PyObject *w, *mask, *h, *rhs = Py_None;
+    int rounds, threads = 1;
+    Py_ssize_t group = 0;
+    PARSE("OOOi|nOi", &w, &mask, &h, &rounds, &group, &rhs, &threads)
+    if (rounds < 1 || group < 0) {
+        PyErr_SetString(PyExc_ValueError,
+                        rounds < 1 ? "rounds: must be positive" : "group: must not be negative");
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS
-    status = fp_refit(&w, mask, h, rhs, PyArray_DATA(out), out_dtype, threads, work, bytes);
-    Py_END_ALLOW_THREADS
-    PyMem_RawFree(work);
-    if (!status)
-        return (PyObject *)out;
-    Py_DECREF(out);
-    return raise_fit(status);
+    return refit(module, w, mask, h, rhs, (unsigned)rounds, (size_t)group, threads);
 }
 
 PyObject *py_damage(PyObject *module, PyObject *args, PyObject *kwargs)

@@ -56,6 +56,7 @@ static PyMethodDef methods[] = {
     METHOD(obs_factor),
     METHOD(obs_sweep),
     METHOD(refit),
+    METHOD(swap),
     METHOD(damage),
     {NULL, NULL, 0, NULL},
 };

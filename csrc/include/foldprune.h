@@ -261,7 +261,8 @@ fp_status fp_square_sums(const fp_matrix *x, const double *weights, double *squa
  * above 0 is not in [0, rows). */
 fp_status fp_count_rows(const int64_t *ids, size_t n, const double *weights, double *counts,
                         size_t rows, double *weight);
-/* ---- FPP with update: masks and weights that make up for them (methods/obs.c, refit.c) *
+
+/* ---- FPP with update (methods/obs.c, refit.c, damage.c, swap.c) ------------------- *
  * A matrix W (rows x cols) is judged by the second moment of its inputs: replacing a row w by w'
  * costs (w' - w) H (w' - w)^T, H = C + damping I, symmetric, float64, row-major. */
 
@@ -306,10 +307,17 @@ fp_status fp_obs_sweep(const fp_matrix *w, const float *a, const double *d,
 /* Exact least squares: the row on the support S of its mask that costs least, the solution of
  * H_SS w'_S = rhs_S, zero elsewhere. rhs (rows x cols, row-major): the targets' product with the
  * inputs, NULL for W H, which fits w itself; then a row that keeps everything stays as it is. out:
- * rows x cols of out_dtype, FP_F32 or FP_F64. FP_ERR_LAPACK if H is not positive definite. */
-size_t fp_refit_work(const uint8_t *mask, const double *rhs, size_t rows, size_t cols, int threads);
-fp_status fp_refit(const fp_matrix *w, const uint8_t *mask, const double *h, const double *rhs,
-                   void *out, fp_dtype out_dtype, int threads, void *work, size_t work_bytes);
+ * rows x cols of out_dtype, FP_F32 or FP_F64. FP_ERR_LAPACK if H is not positive definite.
+ *
+ * With rounds > 0 the mask changes too: in each round every row exchanges kept weights for as many
+ * removed ones that promise to gain more, anywhere in the row or, with group > 0, within each group
+ * of that many columns; and only if the row's exact cost then falls. A round takes about as long as
+ * the least squares alone. */
+size_t fp_refit_work(const uint8_t *mask, const double *rhs, size_t rows, size_t cols,
+                     unsigned rounds, int threads);
+fp_status fp_refit(const fp_matrix *w, uint8_t *mask, const double *h, const double *rhs,
+                   unsigned rounds, size_t group, void *out, fp_dtype out_dtype, int threads,
+                   void *work, size_t work_bytes);
 
 /* What a change costs, per row: numerator (w' - w) C (w' - w)^T, denominator w C w^T. Only the
  * upper triangle of C (cols x cols, symmetric, row-major) is read. */

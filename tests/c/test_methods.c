@@ -503,7 +503,8 @@ static void test_sweep(size_t rows, size_t d, fp_obs_options options, int thread
 }
 
 /* The gradient of what a row costs is zero in its support. */
-static void test_refit(size_t rows, size_t d, int density, int with_rhs, int threads)
+static void test_refit(size_t rows, size_t d, int density, int with_rhs, unsigned rounds,
+                       size_t group, int threads)
 {
     double *h = second_moment(d), *w = random_matrix(FP_F64, rows * d, 0);
     double *rhs = random_matrix(FP_F64, rows * d, 0), *out = exactly(rows * d * sizeof *out);
@@ -513,11 +514,12 @@ static void test_refit(size_t rows, size_t d, int density, int with_rhs, int thr
     for (size_t i = 0; i < rows * d; i++) /* pairs of rows share a support */
         if ((i / d / 2 * 7 + i % d * 5) % 11 < (size_t)density)
             mask[i >> 3] |= (uint8_t)(1u << (i & 7));
-    size_t bytes = fp_refit_work(mask, with_rhs ? rhs : NULL, rows, d, threads);
+    size_t bytes = fp_refit_work(mask, with_rhs ? rhs : NULL, rows, d, rounds, threads);
     void *work = workspace(bytes);
-    CHECK(!fp_refit(&view, mask, h, with_rhs ? rhs : NULL, out, FP_F64, threads, work, bytes));
-    CHECK(fp_refit(&view, mask, h, with_rhs ? rhs : NULL, out, FP_F64, threads, work, bytes - 1) ==
-          FP_ERR_ARGUMENT);
+    CHECK(!fp_refit(&view, mask, h, with_rhs ? rhs : NULL, rounds, group, out, FP_F64, threads,
+                    work, bytes));
+    CHECK(fp_refit(&view, mask, h, with_rhs ? rhs : NULL, rounds, group, out, FP_F64, threads, work,
+                   bytes - 1) == FP_ERR_ARGUMENT);
     release(work, bytes);
     double worst = 0;
     for (size_t i = 0; i < rows; i++)
@@ -556,9 +558,9 @@ static void test_refit(size_t rows, size_t d, int density, int with_rhs, int thr
             mixed |= bit(mask, i * d + j) != bit(mask, i * d);
     for (size_t i = 0; i < d * d; i++)
         h[i] = -h[i];
-    bytes = fp_refit_work(mask, NULL, rows, d, threads);
+    bytes = fp_refit_work(mask, NULL, rows, d, 0, threads);
     work = workspace(bytes);
-    CHECK(fp_refit(&view, mask, h, NULL, out, FP_F64, threads, work, bytes) ==
+    CHECK(fp_refit(&view, mask, h, NULL, 0, 0, out, FP_F64, threads, work, bytes) ==
           (mixed ? FP_ERR_LAPACK : FP_OK));
     release(work, bytes);
     free(h);
@@ -590,7 +592,8 @@ static void test_fit(size_t rows, size_t d)
         }
         for (int density = 0; density <= 11; density += density ? 4 : 3)
             for (int with_rhs = 0; with_rhs < 2; with_rhs++)
-                test_refit(rows, d, density, with_rhs, threads);
+                for (unsigned rounds = 0; rounds < 3; rounds++)
+                    test_refit(rows, d, density, with_rhs, rounds, rounds == 2 ? 4 : 0, threads);
     }
 /* ---- sums over rows of activations ---- */
 
