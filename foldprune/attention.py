@@ -132,8 +132,9 @@ class _Inputs:
     moments the ``mean`` and factors F of their second moments F F^T, (d, d) float64 each.
 
     ``centred``: of the covariance; ``plain``: of x; ``extended``: of [x; 1]. The covariance is
-    shrunk towards its diagonal by d / (d + count), so that directions that few rows happened not to
-    take still count.
+    shrunk towards its diagonal by d / (d + 10 count), so that directions that few rows happened not
+    to take still count (of the factors tried, 10 kept MiniLM's embeddings best at 150 and 400 rows
+    of 384 inputs).
     """
 
     mean: Array
@@ -189,7 +190,7 @@ class _Inputs:
 
 def _shrinkage(d: int, count: float) -> float:
     # the least amount keeps the Cholesky factorisation positive definite
-    return max(d / (d + count), 1e-7)
+    return max(d / (d + 10 * count), 1e-7)
 
 
 def _logit_heads(
