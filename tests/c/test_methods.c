@@ -614,6 +614,8 @@ static void test_fit(size_t rows, size_t d)
                 for (unsigned rounds = 0; rounds < 3; rounds++)
                     test_refit(rows, d, density, with_rhs, rounds, rounds == 2 ? 4 : 0, threads);
     }
+}
+
 /* ---- sums over rows of activations ---- */
 
 static double signed_value(const fp_matrix *m, size_t i, size_t j)
