@@ -54,18 +54,20 @@ class Gram:
         """Root mean square of every input, (d,) float32."""
         return np.sqrt(np.diagonal(self.second)).astype(np.float32)
 
-    def mapped(self, change: Array) -> Gram:
-        """Of the input after head i's part of it was multiplied by change[i], (heads, new, old)."""
+    def mapped(self, change: Array, added: Array) -> Gram:
+        """Of the input after head i's part x_i of it became change[i] x_i + e_i, with e_i of mean
+        square added[i] and independent; (heads, new, old) and (heads, new, new)."""
+        heads, new, old = change.shape
 
-        def conjugated(second: Array) -> Array:
-            heads, new, old = change.shape
+        def mapped(second: Array) -> Array:
             blocks = second.reshape(heads, old, heads, old)
-            mapped = np.einsum("iab,ibjc,jdc->iajd", change, blocks, change, optimize=True)
-            return mapped.reshape(heads * new, heads * new)
+            out = np.einsum("iab,ibjc,jdc->iajd", change, blocks, change, optimize=True)
+            out[np.arange(heads), :, np.arange(heads)] += added
+            return out.reshape(heads * new, heads * new)
 
         gram = Gram(self.moments, self.threads)
-        gram.second = conjugated(self.second)
-        gram.split = self.split and (conjugated(self.split[0]), conjugated(self.split[1]))
+        gram.second = mapped(self.second)
+        gram.split = self.split and (mapped(self.split[0]), mapped(self.split[1]))
         return gram
 
     @staticmethod
