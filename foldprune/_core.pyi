@@ -67,8 +67,8 @@ def rope(
 ) -> tuple[_Array, _Array, _Array | None, _Array, _Array, _Array, _Array]: ...
 
 # Below, w (out x in) has any of the four dtypes, a mask is bits as above, h and c are float64
-# (in x in) and symmetric. ValueError for NaN or infinite numbers, sizes that disagree, and an h that
-# is not positive definite.
+# (in x in) and symmetric. ValueError for NaN or infinite numbers, sizes that disagree, and an h
+# that is not positive definite.
 
 # h = (I + A) diag(d) (I + A)^T: A float32 (in x in), strictly upper; d float64 (in,)
 def obs_factor(h: _Array, threads: int = 1) -> tuple[_Array, _Array]: ...
