@@ -12,7 +12,7 @@ from .job import Job
 from .options import Progress, reporter, resolve_threads
 from .recipe import Recipe
 
-__all__ = ["DEFAULT_RATE", "check_arguments", "compress"]
+__all__ = ["DEFAULT_RATE", "check_arguments", "check_calibration", "compress"]
 
 DEFAULT_RATE = 0.3
 
@@ -73,8 +73,7 @@ def compress(
     RateError
         (ValueError) the rate cannot be reached; says the largest that can.
     """
-    if calibration is not None and not isinstance(calibration, Calibration):
-        raise TypeError(f"calibration: expected a Calibration, got {type(calibration).__name__}")
+    check_calibration(calibration)
     given = recipe
     recipe, rate = check_arguments(rate, recipe)
     with reporter(progress) as report:
@@ -102,3 +101,11 @@ def check_arguments(rate: Any, recipe: Any) -> tuple[Recipe | None, float]:
     if recipe is None and rate == 0:
         recipe = Recipe.lossless()
     return recipe, rate
+
+
+def check_calibration(calibration: Any) -> None:
+    """TypeError unless it is a Calibration or None."""
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise TypeError(
+            f"calibration: expected a foldprune.Calibration, got {type(calibration).__name__}"
+        )

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import calibrated
 from .allocate import Unit
+from .api import check_calibration
 from .calibration import Calibration
 from .job import Job
 from .measured import Measured
@@ -113,8 +114,7 @@ def sensitivity(
     up to the gain of the norm before them. The other arguments and errors are those of
     ``foldprune.compress``, which spreads a rate by these very curves when it has a calibration.
     """
-    if calibration is not None and not isinstance(calibration, Calibration):
-        raise TypeError(f"calibration: expected a Calibration, got {type(calibration).__name__}")
+    check_calibration(calibration)
     with reporter(progress, "measuring") as report:
         job = Job.begin(state_dict, None, config, num_heads, report, resolve_threads(threads))
         measured = Measured(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import calibrated
-from ..api import DEFAULT_RATE, check_arguments
+from ..api import DEFAULT_RATE, check_arguments, check_calibration
 from ..calibration import Calibration, layer_name
 from ..compressed import Compressed
 from ..errors import ModelError
@@ -35,6 +35,7 @@ def compress(
     *,
     recipe: Recipe | None = None,
     num_heads: int | None = None,
+    calibration: Calibration | None = None,
     held_out: int | None = 8,
     gradients: int = 16,
     loss: Loss | None = None,
@@ -60,6 +61,9 @@ def compress(
     rate, recipe, num_heads, threads
         As for ``foldprune.compress``. A recipe's ``fpp_scope`` "global" spreads its rate over the
         pruned tensors by damage.
+    calibration
+        The dense model's, by ``foldprune.torch.calibrate`` with gradients, where it is at hand; by
+        default the batches are run for it first.
     held_out, gradients, loss
         As for ``foldprune.torch.calibrate``.
     progress
@@ -76,6 +80,7 @@ def compress(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     recipe, rate = check_arguments(rate, recipe)
+    check_calibration(calibration)
     workers = resolve_threads(threads)
     values = list(batches)
     job = Job.begin(model, recipe, None, num_heads, lambda done, total, name: None, workers)
@@ -85,16 +90,18 @@ def compress(
             "one; use foldprune.compress(model, recipe=..., calibration="
             "foldprune.torch.calibrate(model, batches))"
         )
-    calibration = calibrate(
-        model,
-        values,
-        held_out=held_out,
-        gradients=gradients,
-        loss=loss,
-        progress=progress,
-        threads=workers,
-    )
+    if calibration is None:
+        calibration = calibrate(
+            model,
+            values,
+            held_out=held_out,
+            gradients=gradients,
+            loss=loss,
+            progress=progress,
+            threads=workers,
+        )
     measured = Measured(job.arrays, job.checkpoint.tied, job.layout, calibration, workers)
+    measured.check(job.checkpoint.names)
     job.notes += measured.notes
     with reporter(progress, "compressing") as report:
         plan = calibrated.make_plan(job, measured, rate, recipe)
@@ -104,12 +111,13 @@ def compress(
         ]
         inside = {name for of_block in stages for stage in of_block for name in stage.tensors}
         calibrated.apply_tensors(job, measured, [n for n in job.arrays if n not in inside], plan)
-        calibration = calibration.without_moments()
+        gradients_alone = calibration.without_moments()
+        del calibration, measured  # their matrices, unless the caller keeps them
         with prepared(model), torch.no_grad():
             runner = _Runner(model, [Batch(model, v, i) for i, v in enumerate(values)], job)
             for i, (block, of_block) in enumerate(zip(job.layout.attentions, stages, strict=True)):
                 report(i, len(stages), block.name)
-                runner.compress(i, block, of_block, plan, calibration)
+                runner.compress(i, block, of_block, plan, gradients_alone)
             report(len(stages), len(stages), "")
     job.warn_refused()
     return job.finish(recipe or plan.recipe())
