@@ -252,7 +252,8 @@ def irc(
     ``ranks``: kept rank per head (planes under rotary embedding), one number or one per key head;
     None is the lossless level, for dtypes where ``exact_in`` holds. With ``moments`` of the
     block's inputs, the fold has the least mean square error of the logits over independent queries
-    and keys, the keys' mean left out as the softmax does.
+    and keys, the keys' mean left out as the softmax does; one number is then the mean over the
+    heads, and those whose logits need more rank get more of it.
     """
     inputs = _Inputs(block, arrays, None if ranks is None else moments)
     heads = _logit_heads(block, arrays, inputs)
@@ -263,7 +264,10 @@ def irc(
         if ranks > limit:
             what = f"{limit} planes" if block.rope else f"the head size {limit}"
             raise ModelError(f"{block.name}: irc={ranks} is above {what}")
-        ranks = np.full(block.groups, ranks)
+        if inputs.known and not block.rope:
+            ranks = _spread_ranks(_core.irc_spectrum(heads, threads), ranks)
+        else:
+            ranks = np.full(block.groups, ranks)
     wanted = None if ranks is None else _int32(ranks)
     if block.rope:
         return _irc_planes(block, arrays, heads, inputs, wanted, gauge, threads)
@@ -289,6 +293,24 @@ def irc(
     if block.key.bias is not None:
         fold.biases["key"] = Zeros((block.key.rows,), _bias_dtype(arrays, block.key))
     return fold
+
+
+def _spread_ranks(squared: Array, mean_rank: int) -> Array:
+    """Ranks of every head from their spectra (heads, head_dim): the largest squared singular values
+    of all, each in units of the square root of its head's sum, but one for every head.
+
+    The plain error spends too much on heads of large logits, whose softmax is sharp, the relative
+    one too much on heads of small ones. The root between them kept MiniLM's embeddings nearest to
+    the dense model's at every mean rank from 2 to 24.
+    """
+    heads, limit = squared.shape
+    if mean_rank in (0, limit):
+        return np.full(heads, mean_rank)
+    total = np.sqrt(squared.sum(axis=1, keepdims=True))
+    gain = np.divide(squared, total, out=np.zeros_like(squared), where=total > 0)
+    gain[:, 0] = np.inf
+    chosen = np.argsort(-gain, axis=None, kind="stable")[: heads * mean_rank]
+    return np.bincount(chosen // limit, minlength=heads)
 
 
 def _rows(

@@ -352,9 +352,10 @@ def test_irc_of_a_block_fits_the_logits_of_its_inputs():
     bias = state[f"{prefix}.query.bias"].reshape(4, 12)
     y = x[:300]
     energy, errors = 0.0, {"data": 0.0, "free": 0.0}
+    ranks = np.full(4, 4)
     folds = {
-        "data": attention.irc(block, state, 4, moments=moments(x)),
-        "free": attention.irc(block, state, 4),
+        "data": attention.irc(block, state, ranks, moments=moments(x)),
+        "free": attention.irc(block, state, ranks),
     }
     for i in range(4):
         want = (y @ query[i].T + bias[i]) @ key[i] @ x.T
@@ -371,6 +372,29 @@ def test_irc_of_a_block_fits_the_logits_of_its_inputs():
     assert folds["data"].error == pytest.approx(errors["data"] / energy, rel=0.2)
     curve = attention.irc_curve(block, state, moments=moments(x))
     assert sum(e[4] for e in curve.error) == pytest.approx(folds["data"].error, rel=1e-9)
+
+
+@pytest.mark.parametrize("mean_rank", [0, 1, 2, 5, 12])
+def test_one_rank_is_spread_over_the_heads(mean_rank):
+    state, block = bert()
+    state["encoder.layer.0.attention.self.query.weight"][:12] *= 20.0  # one head's logits are large
+    given = moments(data(48))
+    fold = attention.irc(block, state, mean_rank, moments=given)
+    ranks = [12] * 4 if mean_rank == 12 else fold.weights["query"].ranks.tolist()
+    curve = attention.irc_curve(block, state, moments=given)
+    squared = np.array([-np.diff(e) for e in curve.error])
+    gain = squared / np.sqrt(squared.sum(1, keepdims=True))
+    if 1 < mean_rank < 12:  # moving one rank between two heads gains nothing
+        for i in range(4):
+            for j in range(4):
+                if i != j and ranks[i] > 1 and ranks[j] < 12:
+                    assert gain[i, ranks[i] - 1] >= gain[j, ranks[j]]
+        assert ranks[0] > mean_rank and min(ranks) >= 1
+    else:
+        assert ranks == [mean_rank] * 4
+    assert sum(ranks) == 4 * mean_rank
+    free = attention.irc(block, state, mean_rank).weights["query"]
+    assert mean_rank == 12 or free.ranks.tolist() == [mean_rank] * 4
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen2"])
