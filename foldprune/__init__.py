@@ -28,6 +28,7 @@ from .errors import (
 )
 from .recipe import Recipe
 from .report import Report, Row, Total
+from .sensitivity import Point, Sensitivity, sensitivity
 from .verify import Verification, verify
 
 __all__ = [
@@ -40,10 +41,12 @@ __all__ = [
     "HeadSizeWarning",
     "ModelError",
     "Moments",
+    "Point",
     "RateError",
     "Recipe",
     "Report",
     "Row",
+    "Sensitivity",
     "TensorError",
     "TensorTypeError",
     "Total",
@@ -52,5 +55,6 @@ __all__ = [
     "compress",
     "load",
     "schemas",
+    "sensitivity",
     "verify",
 ]

@@ -12,7 +12,7 @@ from .job import Job
 from .options import Progress, reporter, resolve_threads
 from .recipe import Recipe
 
-__all__ = ["compress"]
+__all__ = ["DEFAULT_RATE", "check_arguments", "check_calibration", "compress"]
 
 DEFAULT_RATE = 0.3
 
@@ -73,24 +73,39 @@ def compress(
     RateError
         (ValueError) the rate cannot be reached; says the largest that can.
     """
+    check_calibration(calibration)
+    given = recipe
+    recipe, rate = check_arguments(rate, recipe)
+    with reporter(progress) as report:
+        job = Job.begin(state_dict, recipe, config, num_heads, report, resolve_threads(threads))
+        if given is not None and rate not in (DEFAULT_RATE, given.fpp):
+            job.note(f"rate={rate:g} is not used: the recipe sets every method")
+        if calibration is not None:
+            recipe = calibrated.run(job, calibration, rate, recipe)
+        elif recipe is None:
+            recipe = job.run_rate(rate)
+        else:
+            job.run_recipe(recipe)
+        return job.finish(recipe)
+
+
+def check_arguments(rate: Any, recipe: Any) -> tuple[Recipe | None, float]:
+    """The recipe, if any, and the rate; rate 0 is the lossless recipe. TypeError or ValueError."""
     if not isinstance(rate, numbers.Real) or isinstance(rate, bool):
         raise TypeError(f"rate={rate!r}: expected a number in [0, 1)")
+    rate = float(rate)
     if not 0 <= rate < 1:
         raise ValueError(f"rate={rate!r}: the share of numbers removed lies in [0, 1)")
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe, got {type(recipe).__name__}")
-    if calibration is not None and not isinstance(calibration, Calibration):
-        raise TypeError(f"calibration: expected a Calibration, got {type(calibration).__name__}")
     if recipe is None and rate == 0:
-        recipe, rate = Recipe.lossless(), DEFAULT_RATE
-    with reporter(progress) as report:
-        job = Job.begin(state_dict, recipe, config, num_heads, report, resolve_threads(threads))
-        if recipe is not None and rate not in (DEFAULT_RATE, recipe.fpp):
-            job.note(f"rate={rate:g} is not used: the recipe sets every method")
-        if calibration is not None:
-            recipe = calibrated.run(job, calibration, float(rate), recipe)
-        elif recipe is None:
-            recipe = job.run_rate(float(rate))
-        else:
-            job.run_recipe(recipe)
-        return job.finish(recipe)
+        recipe = Recipe.lossless()
+    return recipe, rate
+
+
+def check_calibration(calibration: Any) -> None:
+    """TypeError unless it is a Calibration or None."""
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise TypeError(
+            f"calibration: expected a foldprune.Calibration, got {type(calibration).__name__}"
+        )

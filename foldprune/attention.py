@@ -400,8 +400,24 @@ def _irc_planes(
 def _plane_scores(
     block: AttentionBlock, heads: tuple[Any, ...], inputs: _Inputs, threads: int
 ) -> Array:
-    """What every plane contributes to the logits: (groups, head_dim / 2)."""
-    return _core.rope_scores(heads, block.rope == "adjacent", threads)
+    """What every plane p is expected to contribute to the logits, E|q_p|^2 E|k_p|^2 with the
+    queries of a group summed: (groups, head_dim / 2)."""
+    adjacent = block.rope == "adjacent"
+    if not inputs.known:
+        return _core.rope_scores(heads, adjacent, threads)
+
+    def energies(weight: Array, bias: Array | None, count: int) -> Array:
+        rows = weight.astype(np.float64)
+        # under rotation neither mean nor bias drops out
+        squared = (inputs.weigh(rows) ** 2).sum(axis=1)
+        if bias is not None:
+            shift = bias.astype(np.float64)
+            squared += shift * (2.0 * (rows @ inputs.mean) + shift)
+        pairs = (-1, 2) if adjacent else (2, -1)
+        return np.asarray(squared.reshape(count, *pairs).sum(axis=2 if adjacent else 1))
+
+    query = energies(heads[0], heads[1], block.heads).reshape(block.groups, -1, block.head_dim // 2)
+    return np.asarray(query.sum(axis=1) * energies(heads[2], heads[3], block.groups))
 
 
 def _pivots_hold(right: Array, pivots: Array, ranks: Array) -> bool:

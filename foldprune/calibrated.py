@@ -12,7 +12,7 @@ import numpy as np
 from . import _core
 from .allocate import Taken, Unit, allocate
 from .calibration import Calibration
-from .encodings import Array, Diagonal
+from .encodings import Array
 from .fit import fit, fit_neurons
 from .job import Job
 from .measured import Measured
@@ -186,22 +186,30 @@ def apply_attention(job: Job, measured: Measured, block: AttentionBlock, plan: P
 
 
 def _follow_values(job: Job, measured: Measured, block: AttentionBlock) -> None:
-    """The output projection's inputs after its values were folded: v' = T v in every head, and so
-    is what attention averages."""
+    """What the output projection reads after its values were folded, v' for v = V x.
+
+    With T the least-squares map of v to v', attention's averages of T v are known exactly; those of
+    the rest of v' (none at the lossless level) are taken to shrink as those of v do.
+    """
     encoding = job.segments.get(block.value.weight, {}).get(block.value.slot.part)
-    gram = measured.gram(block.output.weight)
-    if not isinstance(encoding, Diagonal) or gram is None:
+    moments, gram = measured.block_moments(block), measured.gram(block.output.weight)
+    if encoding is None or moments is None or gram is None:
         return
-    dim, per_group = block.head_dim, block.heads // block.groups
-    value = block.value.view(job.arrays[block.value.weight], block.heads).astype(np.float64)
-    change = np.zeros((block.heads, dim, dim))
-    offset = 0
-    for j, rank in enumerate(encoding.ranks.tolist()):
-        pivots = encoding.pivots[offset : offset + rank]
-        inverse = np.linalg.pinv(value[j * dim : (j + 1) * dim, pivots])
-        change[j * per_group : (j + 1) * per_group, :rank] = inverse
-        offset += rank
-    measured.grams[block.output.weight] = gram.mapped(change)
+    shape = (block.groups, block.head_dim, -1)
+    old = block.value.view(job.arrays[block.value.weight], block.heads).astype(np.float64)
+    old, new = old.reshape(shape), encoding.unpack().astype(np.float64).reshape(shape)
+    second = moments.second
+    energy = old @ second @ old.transpose(0, 2, 1)
+    change = new @ second @ old.transpose(0, 2, 1) @ np.linalg.pinv(energy, hermitian=True)
+    rest = new - change @ old
+    per_group = block.heads // block.groups
+    own = np.diagonal(gram.second).reshape(block.heads, -1).sum(axis=1)
+    whole = np.repeat(np.trace(energy, axis1=1, axis2=2), per_group)
+    shrunk = np.divide(own, whole, out=np.zeros_like(own), where=whole > 0)
+    added = np.repeat(rest @ second @ rest.transpose(0, 2, 1), per_group, axis=0)
+    measured.grams[block.output.weight] = gram.mapped(
+        np.repeat(change, per_group, axis=0), shrunk[:, None, None] * added
+    )
 
 
 def apply_tensors(job: Job, measured: Measured, names: Iterable[str], plan: Plan) -> None:

@@ -302,6 +302,13 @@ class Calibration:
             )
         self._shared[name] = source
 
+    def without_moments(self) -> Calibration:
+        """What does not depend on the inputs' values: the gradients and the use of rows, shared
+        with self."""
+        out = Calibration(held_out=self._held_out)
+        out._row_use, out._gradients = self._row_use, self._gradients
+        return out
+
     def merge(self, other: Calibration) -> Calibration:
         """Adds the sums of another calibration of the same model, counted on other data; returns
         self.

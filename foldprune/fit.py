@@ -15,6 +15,7 @@ import numpy as np
 from . import _core
 from .calibration import Moments
 from .encodings import Array
+from .errors import TensorError
 from .prune import Pruned, Target, encode
 from .recipe import Granularity
 
@@ -22,7 +23,8 @@ __all__ = ["Gram", "fit", "fit_neurons", "row_damage", "sweep"]
 
 SEARCH_DAMPING = 0.01  # of the mean of C's diagonal, for masks
 DAMPINGS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-_SAMPLE = 8  # groups of eight rows that a damping is chosen on
+_SAMPLE = 4  # groups of eight rows that a damping is chosen on
+_SWAP_ROUNDS = 2
 _ROUNDS = 12  # in which hidden units leave
 
 
@@ -54,18 +56,20 @@ class Gram:
         """Root mean square of every input, (d,) float32."""
         return np.sqrt(np.diagonal(self.second)).astype(np.float32)
 
-    def mapped(self, change: Array) -> Gram:
-        """Of the input after head i's part of it was multiplied by change[i], (heads, new, old)."""
+    def mapped(self, change: Array, added: Array) -> Gram:
+        """Of the input after head i's part x_i of it became change[i] x_i + e_i, with e_i of mean
+        square added[i] and independent; (heads, new, old) and (heads, new, new)."""
+        heads, new, old = change.shape
 
-        def conjugated(second: Array) -> Array:
-            heads, new, old = change.shape
+        def mapped(second: Array) -> Array:
             blocks = second.reshape(heads, old, heads, old)
-            mapped = np.einsum("iab,ibjc,jdc->iajd", change, blocks, change, optimize=True)
-            return mapped.reshape(heads * new, heads * new)
+            out = np.einsum("iab,ibjc,jdc->iajd", change, blocks, change, optimize=True)
+            out[np.arange(heads), :, np.arange(heads)] += added
+            return out.reshape(heads * new, heads * new)
 
         gram = Gram(self.moments, self.threads)
-        gram.second = conjugated(self.second)
-        gram.split = self.split and (conjugated(self.split[0]), conjugated(self.split[1]))
+        gram.second = mapped(self.second)
+        gram.split = self.split and (mapped(self.split[0]), mapped(self.split[1]))
         return gram
 
     @staticmethod
@@ -123,21 +127,20 @@ def fit(
     share.
     """
     threads, matrix = gram.threads, target.matrix
-    rows, cols = matrix.shape
     if granularity.kind == "nm":
-        n_of_m = (granularity.a, granularity.b)
-        mask, block = _search(matrix, gram, "n:m", n_of_m), (1, 1)
-    elif granularity.kind == "weight" and scope == "row":
-        mask, block = _search(matrix, gram, "row", round(share * cols)), (1, 1)
-    elif granularity.kind == "weight":
-        mask, block = sweep(matrix, gram, share, row_weight)[0], (1, 1)
-    else:
-        block = (granularity.a, granularity.b) if granularity.kind == "block" else (1, cols)
-        grid = _core.block_scores((matrix, 1.0, gram.col_scale), *block, threads)
-        threshold, ties = _core.select([(grid, 1.0, None)], round(share * grid.size), threads)
-        mask, _ = _core.mask_threshold((grid, 1.0, None), threshold, ties, threads)
-    elements = mask if block == (1, 1) else _core.mask_blocks(mask, rows, cols, *block, threads)
-    return _finish(target, gram, mask, elements, block)
+        n, m = granularity.a, granularity.b
+        return _finish(target, gram, _search(matrix, gram, "n:m", (n, m)), (1, 1), m)
+    if granularity.kind == "weight":
+        if scope == "row":
+            mask = _search(matrix, gram, "row", round(share * matrix.shape[1]))
+        else:
+            mask = sweep(matrix, gram, share, row_weight)[0]
+        return _finish(target, gram, mask, (1, 1), 0)
+    block = (granularity.a, granularity.b) if granularity.kind == "block" else (1, matrix.shape[1])
+    grid = _core.block_scores((matrix, 1.0, gram.col_scale), block[0], block[1], threads)
+    threshold, ties = _core.select([(grid, 1.0, None)], round(share * grid.size), threads)
+    mask, _ = _core.mask_threshold((grid, 1.0, None), threshold, ties, threads)
+    return _finish(target, gram, mask, block)
 
 
 def _search(matrix: Array, gram: Gram, rule: str, amount: int | tuple[int, int]) -> Array:
@@ -147,35 +150,66 @@ def _search(matrix: Array, gram: Gram, rule: str, amount: int | tuple[int, int])
 
 
 def _finish(
-    target: Target, gram: Gram, mask: Array, elements: Array, block: tuple[int, int]
+    target: Target,
+    gram: Gram,
+    mask: Array,
+    block: tuple[int, int],
+    swaps_within: int | None = None,
 ) -> Pruned:
+    """Fits what the mask over blocks keeps; ``swaps_within``: the mask may still change, by
+    exchanges inside groups of so many columns (0: of a whole row)."""
     threads, matrix = gram.threads, _working(target.matrix)
+    elements = mask
+    if block != (1, 1):
+        rows, cols = matrix.shape
+        elements = _core.mask_blocks(mask, rows, cols, *block, threads)
     damping = _choose_damping(matrix, elements, gram)
-    new = _core.refit(matrix, elements, gram.damped(gram.second, damping), threads=threads)
-    stored = new.astype(target.matrix.dtype)
+    damped = gram.damped(gram.second, damping)
+    if swaps_within is None:
+        new = _core.refit(matrix, elements, damped, threads=threads)
+    else:
+        mask, new = _core.swap(
+            matrix, elements, damped, _SWAP_ROUNDS, group=swaps_within, threads=threads
+        )
+    with np.errstate(over="ignore"):
+        stored = new.astype(target.matrix.dtype)
+    if not _core.all_finite(stored, threads):
+        raise TensorError(
+            f"{target.name!r}: the fitted weights leave the range of {target.matrix.dtype}; "
+            "compress the model in float32, or with more calibration data"
+        )
     changed, energy = row_damage(matrix, stored, gram)
     total = float(energy.sum())
     pruned = encode(target, mask, block, threads, stored)
     pruned.error = float(changed.sum()) / total if total > 0 else 0.0
-    facts = [pruned.note, gram.note, f"damping {damping:g}" if gram.note else ""]
+    facts = [pruned.note, f"{gram.note}, damping {damping:g}" if gram.note else ""]
     pruned.note = "; ".join(fact for fact in facts if fact)
     return pruned
 
 
 def _choose_damping(matrix: Array, elements: Array, gram: Gram) -> float:
     """The damping whose solution, fitted without the held-out rows, does best on them; judged on a
-    sample of the matrix's rows."""
+    sample of the matrix's rows. The error has one valley, which is walked down."""
     if gram.split is None:
         return SEARCH_DAMPING
     second, held = gram.split
     rows, mask = _sample(matrix, elements)
-    best, least = SEARCH_DAMPING, np.inf
-    for damping in DAMPINGS:
-        new = _core.refit(rows, mask, gram.damped(second, damping), threads=gram.threads)
-        error = float(_core.damage(rows, new, held, gram.threads)[0].sum())
-        if error < least:
-            best, least = damping, error
-    return best
+
+    def error(i: int) -> float:
+        if not 0 <= i < len(DAMPINGS):
+            return np.inf
+        new = _core.refit(rows, mask, gram.damped(second, DAMPINGS[i]), threads=gram.threads)
+        return float(_core.damage(rows, new, held, gram.threads)[0].sum())
+
+    best = DAMPINGS.index(SEARCH_DAMPING)
+    least = error(best)
+    for step in (1, -1):
+        moved = False
+        while (next_error := error(best + step)) < least:
+            best, least, moved = best + step, next_error, True
+        if moved:
+            break
+    return DAMPINGS[best]
 
 
 def _sample(matrix: Array, elements: Array) -> tuple[Array, Array]:
@@ -210,10 +244,7 @@ def fit_neurons(
     for target in (up, gate):
         if target is not None:
             out[target.name] = encode(target, mask, (1, target.matrix.shape[1]), threads)
-    rows, cols = down.matrix.shape
-    block = (rows, 1)
-    elements = _core.mask_blocks(mask, rows, cols, *block, threads)
-    out[down.name] = _finish(down, gram, mask, elements, block)
+    out[down.name] = _finish(down, gram, mask, (len(down.matrix), 1))
     return out
 
 

@@ -561,6 +561,14 @@ class Job:
             replaced = replaced.T
         return _Result(Dense(np.ascontiguousarray(replaced)), method)
 
+    def changed(self, name: str) -> Array | None:
+        """What a tensor has become so far, dense; None while it is as it was."""
+        if (result := self.results.get(name)) is not None:
+            return result.encoding.unpack(self.threads)
+        if name in self.replaced:
+            return self._dense(name, self.arrays[name]).encoding.unpack(self.threads)
+        return None
+
     def _head_facts(self) -> dict[str, Any]:
         blocks = [block for block in self.layout.attentions if block.heads]
         if not blocks:

@@ -142,7 +142,16 @@ class Measured:
         return None
 
     @property
+    def unit(self) -> str:
+        """What damage means."""
+        if self.has_gradients:
+            return "expected loss per token"
+        return "relative squared output error"
+
+    @property
     def notes(self) -> list[str]:
+        if not len(self.calibration):
+            return ["no calibration: inputs are taken as white up to the gain of the norm before"]
         if self.has_gradients:
             return []
         return [
@@ -188,7 +197,9 @@ class Measured:
     def fpp_unit(self, target: Target) -> Unit:
         """The damage of removing a share of one matrix's weights, the others made up for it."""
         size = target.matrix.size
-        if self.is_embedding(target.name):
+        if not len(self.calibration):
+            damage = self._data_free(target)
+        elif self.is_embedding(target.name):
             damage = _curve_of_scores(self.embedding_scores(target), self.threads)
         else:
             gram = self.require_gram(target.name)
@@ -200,6 +211,13 @@ class Measured:
             whole = row_damage(target.matrix, np.zeros_like(target.matrix), gram)[1]
             damage = _interpolate([*points, float(weight @ whole)])
         return Unit(target.name, "FPP", SHARES, SHARES * size, damage, smooth=True)
+
+    def _data_free(self, target: Target) -> Array:
+        """Share of the matrix's squared norm that zeroing its smallest weights loses."""
+        scores = np.abs(target.matrix.astype(np.float32))
+        damage = _curve_of_scores(scores, self.threads)
+        terms = self._terms if target.name in self.layout.output_embeddings else 1
+        return damage * (terms / damage[-1] if damage[-1] > 0 else 1.0)
 
     def is_embedding(self, name: str) -> bool:
         """Whether a tensor is looked up by rows (as a tied output embedding is too)."""
@@ -302,9 +320,9 @@ def _curve_of_scores(scores: Array, threads: int) -> Array:
     """Damage at SHARES if single weights leave by their scores: sums of the lowest squares, to the
     resolution of a histogram (1 part in 128)."""
     counts = _core.histogram([(scores, 1.0, None)], threads).astype(np.float64)
-    bits = (np.arange(len(counts), dtype=np.uint32) << 16) + (1 << 15)
-    squares = np.square(bits.view(np.float32).astype(np.float64))
-    squares[~np.isfinite(squares)] = 0.0
+    finite = np.arange(0x7F80, dtype=np.uint32)  # the upper halves of finite floats
+    middles = ((finite << 16) + (1 << 15)).view(np.float32)
+    counts, squares = counts[: len(finite)], np.square(middles.astype(np.float64))
     total = np.concatenate([[0.0], np.cumsum(counts * squares)])
     below = np.concatenate([[0.0], np.cumsum(counts)])
     return np.interp(SHARES * scores.size, below, total)

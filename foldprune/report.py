@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Report", "Row", "Total"]
+__all__ = ["Report", "Row", "Total", "html_table", "text_table"]
 
 # group of totals -> groups of rows in it
 _TOTALS: dict[str, tuple[str, ...]] = {
@@ -167,17 +167,19 @@ class Report:
         return facts + self.notes
 
     def __str__(self) -> str:
-        return "\n".join([_format(self._total_lines()), *(f"- {fact}" for fact in self._facts())])
+        return "\n".join(
+            [text_table(self._total_lines()), *(f"- {fact}" for fact in self._facts())]
+        )
 
     def table(self) -> str:
         """Every tensor, then the totals."""
-        return _format(self._row_lines()) + "\n\n" + str(self)
+        return text_table(self._row_lines()) + "\n\n" + str(self)
 
     def _repr_html_(self) -> str:
         facts = "".join(f"<li>{html.escape(fact)}</li>" for fact in self._facts())
         return (
-            f"{_html(self._total_lines())}<ul>{facts}</ul><details><summary>{len(self.rows)} "
-            f"tensors</summary>{_html(self._row_lines())}</details>"
+            f"{html_table(self._total_lines())}<ul>{facts}</ul><details><summary>{len(self.rows)} "
+            f"tensors</summary>{html_table(self._row_lines())}</details>"
         )
 
 
@@ -191,7 +193,7 @@ def _sum(rows: Iterable[Row]) -> Total:
     return Total(numbers, stored, before, after)
 
 
-def _format(lines: list[tuple[str, ...]]) -> str:
+def text_table(lines: list[tuple[str, ...]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     out = []
     for line in lines:
@@ -203,7 +205,7 @@ def _format(lines: list[tuple[str, ...]]) -> str:
     return "\n".join(out)
 
 
-def _html(lines: list[tuple[str, ...]]) -> str:
+def html_table(lines: list[tuple[str, ...]]) -> str:
     head, *body = lines
     header = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     rows = "".join(

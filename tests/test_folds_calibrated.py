@@ -383,6 +383,40 @@ def test_curves_are_the_folds_errors(name):
         assert sum(e[k] for e in curve.error) == pytest.approx(fold.error, rel=1e-8)
 
 
+@pytest.mark.parametrize("pairing", ["half", "adjacent"])
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_planes_are_chosen_by_what_the_data_make_of_them(name, pairing):
+    state, block = BLOCKS[name]()
+    block.rope = pairing
+    x = data(64, rows=60_000)
+    prefix, half = "model.layers.0.self_attn", block.head_dim // 2
+    pairs = np.array(reference.plane_rows(block.head_dim, pairing))
+
+    def energies(projection: str, count: int) -> Array:
+        y = x @ state[f"{prefix}.{projection}_proj.weight"].T
+        y = y + state.get(f"{prefix}.{projection}_proj.bias", 0.0)
+        squared = (y**2).mean(0).reshape(count, block.head_dim)
+        return squared[:, pairs].sum(2)
+
+    scores = energies("q", block.heads).reshape(block.groups, -1, half).sum(1)
+    scores *= energies("k", block.groups)
+    fold = attention.irc(block, state, half // 2, moments=moments(x))
+    best = np.sort(np.argsort(-scores, axis=1)[:, : half // 2], axis=1)
+    assert fold.weights["key"].planes.reshape(block.groups, -1).tolist() == best.tolist()
+    left_out = scores.sum() - np.take_along_axis(scores, best, axis=1).sum()
+    assert fold.error == pytest.approx(left_out / scores.sum(), rel=1e-2)
+    free = attention.irc(block, state, half // 2)
+    assert free.weights["key"].planes.tolist() != fold.weights["key"].planes.tolist()
+    curve = attention.irc_curve(block, state, moments=moments(x))
+    assert sum(e[half // 2] for e in curve.error) == pytest.approx(fold.error, rel=1e-9)
+
+
+def test_planes_take_no_factors():
+    heads = (*make("plain"), None, None, None, np.eye(32))
+    with pytest.raises(ValueError):
+        _core.rope_scores(heads, False)
+
+
 def test_lossless_folds_do_not_depend_on_data():
     state, block = bert()
     given = moments(data(48))

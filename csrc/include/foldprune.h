@@ -220,7 +220,8 @@ fp_status fp_dwc_spectrum(const fp_heads *h, double *squared, double *energy, in
 typedef enum fp_rope { FP_ROPE_HALF = 0, FP_ROPE_ADJACENT = 1 } fp_rope;
 
 /* Expected contribution |q_p|^2 |k_p|^2 of every plane p to the logits: groups x head_dim / 2. Both
- * bias columns count (left_bias, right_extra): under rotation neither drops out. */
+ * bias columns count (left_bias, right_extra): under rotation neither drops out. Factors are not
+ * taken: fp_rope_apply keeps planes by any scores. */
 fp_status fp_rope_scores(const fp_heads *h, fp_rope pairing, double *scores, int threads);
 
 /* Keep the ranks[j] planes of group j of largest score (fp_rope_scores' answer; ranks NULL: every

@@ -15,6 +15,7 @@
 #include "matrix.h"
 #include "parallel.h"
 #include "scores.h"
+#include "work.h"
 
 enum {
     TILE = 96, /* rows, a multiple of 8: no byte of a mask belongs to two tiles */
@@ -125,22 +126,15 @@ typedef struct sweep_call {
     size_t begin;  /* FP_OBS_BLOCK: first column of the block under way */
 } sweep_call;
 
-static void *take(char *base, size_t *used, size_t items, size_t size)
-{
-    void *piece = base ? base + *used : NULL;
-    *used += round_up(items * size, 64);
-    return piece;
-}
-
 static tile_buffers lay_out_worker(const sweep_call *c, char *base, size_t *bytes)
 {
     tile_buffers b;
     size_t used = 0;
-    b.w = take(base, &used, c->width * TILE, sizeof *b.w);
-    b.errors = take(base, &used, c->width * TILE, sizeof *b.errors);
-    b.keep = take(base, &used, c->width * TILE, sizeof *b.keep);
-    b.histogram = take(base, &used, BINS, sizeof *b.histogram);
-    b.row = take(base, &used, c->width, sizeof *b.row);
+    b.w = fp_take(base, &used, c->width * TILE, sizeof *b.w);
+    b.errors = fp_take(base, &used, c->width * TILE, sizeof *b.errors);
+    b.keep = fp_take(base, &used, c->width * TILE, sizeof *b.keep);
+    b.histogram = fp_take(base, &used, BINS, sizeof *b.histogram);
+    b.row = fp_take(base, &used, c->width, sizeof *b.row);
     *bytes = used;
     return b;
 }
@@ -155,14 +149,14 @@ static size_t lay_out(sweep_call *c, char *base, int threads)
         c->width = round_up(c->width, o->m);
     c->step = o->rule == FP_OBS_NM && o->m > 1 ? round_up(STEP, o->m) : STEP;
     c->tiles = (c->rows + TILE - 1) / TILE;
-    c->moved = take(base, &used, c->tiles * TILE * c->cols, sizeof(float));
-    c->inverse = take(base, &used, c->cols * c->width + c->width * c->width, sizeof(float));
-    c->scores = take(base, &used, c->tiles * TILE * c->width, sizeof(float));
+    c->moved = fp_take(base, &used, c->tiles * TILE * c->cols, sizeof(float));
+    c->inverse = fp_take(base, &used, c->cols * c->width + c->width * c->width, sizeof(float));
+    c->scores = fp_take(base, &used, c->tiles * TILE * c->width, sizeof(float));
     c->candidates =
-        take(base, &used, o->rule == FP_OBS_BLOCK ? c->rows * c->width : 0, sizeof(double));
-    c->tile_ties = take(base, &used, c->tiles, sizeof(size_t));
-    c->col_scale = take(base, &used, c->cols, sizeof(float));
-    c->row_scale = take(base, &used, c->tiles * TILE, sizeof(float));
+        fp_take(base, &used, o->rule == FP_OBS_BLOCK ? c->rows * c->width : 0, sizeof(double));
+    c->tile_ties = fp_take(base, &used, c->tiles, sizeof(size_t));
+    c->col_scale = fp_take(base, &used, c->cols, sizeof(float));
+    c->row_scale = fp_take(base, &used, c->tiles * TILE, sizeof(float));
     lay_out_worker(c, NULL, &c->stride);
     c->buffers = base ? base + used : NULL;
     return used + (size_t)fp_clamp_threads(threads) * c->stride;

@@ -7,6 +7,7 @@
 #include "lapack.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "work.h"
 
 enum { TILE = 96 }; /* rows, a multiple of 8: no byte of a mask belongs to two tiles */
 static const double ONE = 1.0, MINUS = -1.0, ZERO = 0.0;
@@ -78,28 +79,21 @@ static void plan(refit_call *c, const uint8_t *mask)
     c->with_inverse = c->any_removed || c->rounds;
 }
 
-static void *take(char *base, size_t *used, size_t items, size_t size)
-{
-    void *piece = base ? base + *used : NULL;
-    *used += (items * size + 63) / 64 * 64;
-    return piece;
-}
-
 static tile_buffers lay_out_worker(const refit_call *c, char *base, size_t *bytes)
 {
     tile_buffers b;
     size_t used = 0, tile = TILE * c->cols, row = c->rounds ? c->cols : 0;
-    b.given = take(base, &used, tile, sizeof(double));
-    b.product = take(base, &used, tile, sizeof(double));
-    b.solution = take(base, &used, tile, sizeof(double));
-    b.residual = take(base, &used, c->rounds ? tile : 0, sizeof(double));
-    b.system = take(base, &used, c->largest * c->largest, sizeof(double));
-    b.right = take(base, &used, c->largest * TILE, sizeof(double));
-    b.trial = take(base, &used, row, sizeof(double));
-    b.price = take(base, &used, row, sizeof(double));
-    b.out = take(base, &used, row, sizeof(int32_t));
-    b.in = take(base, &used, row, sizeof(int32_t));
-    b.index = take(base, &used, c->largest, sizeof(int32_t));
+    b.given = fp_take(base, &used, tile, sizeof(double));
+    b.product = fp_take(base, &used, tile, sizeof(double));
+    b.solution = fp_take(base, &used, tile, sizeof(double));
+    b.residual = fp_take(base, &used, c->rounds ? tile : 0, sizeof(double));
+    b.system = fp_take(base, &used, c->largest * c->largest, sizeof(double));
+    b.right = fp_take(base, &used, c->largest * TILE, sizeof(double));
+    b.trial = fp_take(base, &used, row, sizeof(double));
+    b.price = fp_take(base, &used, row, sizeof(double));
+    b.out = fp_take(base, &used, row, sizeof(int32_t));
+    b.in = fp_take(base, &used, row, sizeof(int32_t));
+    b.index = fp_take(base, &used, c->largest, sizeof(int32_t));
     *bytes = used;
     return b;
 }
@@ -107,10 +101,10 @@ static tile_buffers lay_out_worker(const refit_call *c, char *base, size_t *byte
 static size_t lay_out(refit_call *c, char *base, int threads)
 {
     size_t used = 0, square = c->with_inverse ? c->cols * c->cols : 0;
-    c->inverse = take(base, &used, square, sizeof(double));
-    c->factor = take(base, &used, square, sizeof(double));
-    c->loss = take(base, &used, c->rounds ? c->cols : 0, sizeof(double));
-    c->status = take(base, &used, (c->rows + TILE - 1) / TILE, sizeof(fp_status));
+    c->inverse = fp_take(base, &used, square, sizeof(double));
+    c->factor = fp_take(base, &used, square, sizeof(double));
+    c->loss = fp_take(base, &used, c->rounds ? c->cols : 0, sizeof(double));
+    c->status = fp_take(base, &used, (c->rows + TILE - 1) / TILE, sizeof(fp_status));
     lay_out_worker(c, NULL, &c->stride);
     c->buffers = base ? base + used : NULL;
     return used + (size_t)fp_clamp_threads(threads) * c->stride;

@@ -64,7 +64,8 @@ static void score_group(void *context, size_t group, int worker)
 static fp_status check(const fp_heads *h, fp_rope pairing)
 {
     if (!h || !h->heads || !h->groups || !h->head_dim || h->heads % h->groups || h->head_dim % 2 ||
-        (pairing != FP_ROPE_HALF && pairing != FP_ROPE_ADJACENT))
+        (pairing != FP_ROPE_HALF && pairing != FP_ROPE_ADJACENT) || h->left_factor ||
+        h->right_factor)
         return FP_ERR_ARGUMENT;
     fp_status status = fp_matrix_check(&h->left);
     if (!status)

@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..options import Progress, reporter, resolve_threads
 from .batches import Batch, naming
 
-__all__ = ["calibrate"]
+__all__ = ["Loss", "as_tokens", "calibrate", "prepared"]
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 
@@ -104,7 +104,7 @@ def calibrate(
     calibration = Calibration(held_out=held_out)
     layers = _find_layers(model, names)
     workers = resolve_threads(threads)
-    with reporter(progress, "calibrating") as report, _prepared(model):
+    with reporter(progress, "calibrating") as report, prepared(model):
         iterator = iter(batches)
         try:
             first = next(iterator)
@@ -187,7 +187,7 @@ def _find_layers(
 
 
 @contextmanager
-def _prepared(model: torch.nn.Module) -> Iterator[None]:
+def prepared(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode, and no gradients of parameters; afterwards as before, whatever happens."""
     training = {module: module.training for module in model.modules()}
     required = [p for p in model.parameters() if p.requires_grad]
@@ -281,7 +281,7 @@ class _Collector:
 
         def add(name: str, x: torch.Tensor) -> None:
             seen.labels(x).append(name)
-            x, mask = _as_tokens(batch, name, x)
+            x, mask = as_tokens(batch, name, x)
             self.calibration.update(name, x, mask, threads=self.threads)
 
         def compare(name: str, x: torch.Tensor) -> None:
@@ -328,7 +328,7 @@ class _Collector:
         leaves: list[torch.Tensor] = []
 
         def add(name: str, gradient: torch.Tensor) -> None:
-            gradient, mask = _as_tokens(batch, name, gradient)
+            gradient, mask = as_tokens(batch, name, gradient)
             self.calibration.update_gradient(name, gradient, mask, threads=self.threads)
 
         def watch(
@@ -377,7 +377,7 @@ class _Collector:
             mask = batch.main.mask if batch.main else None
             return (losses if mask is None else losses[mask[0, 1:] & mask[0, :-1]]).sum()
         name = "decoder.output" if batch.decoder else "output"
-        hidden, mask = _as_tokens(batch, name, _main_output(output))
+        hidden, mask = as_tokens(batch, name, _main_output(output))
         hidden = (hidden if mask is None else hidden[mask]).float()
         signs = torch.randint(0, 2, hidden.shape, generator=self.generator).to(hidden.device)
         norms = hidden.detach().norm(dim=-1, keepdim=True).clamp_min(torch.finfo().tiny)
@@ -398,9 +398,7 @@ def _main_output(output: Any) -> torch.Tensor:
     return output
 
 
-def _as_tokens(
-    batch: Batch, name: str, x: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def as_tokens(batch: Batch, name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A layer's rows by sequence and token where they are the batch's, and their mask."""
     stream = batch.tokens(name, x.shape[:-1])
     return x.reshape(*stream.shape, x.shape[-1]), stream.mask

@@ -136,6 +136,7 @@ class Subject:
     def compressed(self, progress: Progress, *args: Any, **options: Any) -> Report:
         """Compresses the model block by block, and loads the result."""
         options["progress"] = progress
+        options["calibration"] = self.calibration
         compressed = foldprune.torch.compress(self.model, self.batches, *args, **options)
         self.load(compressed)
         return compressed.report
@@ -265,8 +266,8 @@ def perplexity(bench: Bench) -> None:
 
     def result(method: str, rate: float) -> Result:
         def compute(progress: Progress) -> Result:
-            if method == "one-shot":
-                _ = lm.calibration  # not in its seconds, as others use it too
+            if method in ("uniform", "owl-spread", "allocated", "one-shot"):
+                _ = lm.calibration  # not in its seconds, as all of these use it
             elif method in ("owl", "owl-spread"):
                 owl_outliers(bench)  # likewise
             return lm.evaluate(lambda: change(progress))
@@ -282,8 +283,8 @@ def perplexity(bench: Bench) -> None:
     tokens, test = ("{} x {}".format(*shape) for shape in (lm.data["tokens"], lm.test.shape))
     print(
         f"\nSmolLM2-135M, WikiText-2 perplexity of {test} test tokens, calibrated on {tokens} of "
-        "train; all linear matrices of the blocks (seconds: without OWL's outliers and the one "
-        "shot's statistics)"
+        "train; all linear matrices of the blocks (seconds: without OWL's outliers and the dense "
+        "model's statistics)"
     )
     line("", "perplexity", "to SparseGPT", "zeros", "seconds")
     line("dense", result("dense", 0.0)["perplexity"])
