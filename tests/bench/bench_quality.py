@@ -78,7 +78,7 @@ class Log:
         """The result of a configuration, computed if it is not known yet."""
         key = self._key(config)
         if key not in self.results:
-            label = " ".join(str(value) for value in config.values())
+            label = " ".join(f"{name}={value}" for name, value in config.items())
             self.results[key] = compute(stage(label))
             if self.path is not None:
                 entry = {"config": config, "result": self.results[key]}
@@ -370,7 +370,7 @@ def times(bench: Bench) -> None:
     sums = [part["factor"] + part["sweep"] for part in (theirs, ours)]
     print(
         f"\nSmolLM2-135M, seconds for all linear matrices of the blocks at {TIMED_RATE:.0%}, "
-        f"statistics given, {threads} threads (foldprune: median of {TIMED_RUNS})"
+        f"statistics given, threads: {threads} (foldprune: median of {TIMED_RUNS})"
     )
     line("", "torch SparseGPT", "foldprune", "ratio")
     for part in ("factor", "sweep"):

@@ -112,5 +112,6 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
     loss = 0.0
     for row in ids:
         logits = model(row[None]).logits[0, :-1]
-        loss += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
+        losses = torch.nn.functional.cross_entropy(logits, row[1:], reduction="none")
+        loss += float(losses.double().sum())
     return math.exp(loss / ids[:, 1:].numel())
