@@ -78,10 +78,12 @@ class Recipe:
         and attention outputs single weights, as they have no hidden units).
     fpp_scope
         What competes for one threshold: "global" (all pruned tensors), "tensor", or "row" (each
-        output row; "weight" granularity only).
+        output row; "weight" granularity only). With a calibration "global" spreads single weights
+        over the tensors by damage; other granularities take the same share of each.
     irc
         Identical row compression of query and key: the rank kept per head (for models with rotary
-        position embedding: the number of 2-planes), or "lossless".
+        position embedding: the number of 2-planes), or "lossless". With a calibration the heads'
+        mean rank, spread over the heads of a block by what each rank explains.
     dwc
         Diagonal weight compression of value: "slice" (head i reads its own slice of the input; no
         grouped-query attention), "pivot" (the coordinates that matter most), a number (pivots, plus
