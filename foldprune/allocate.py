@@ -125,10 +125,12 @@ def allocate(rate: float, total: int, parts: Sequence[Alternatives]) -> list[lis
         return [[Taken(unit) for unit in part[0]] for part in parts]
     free = [_cheapest(part, np.nextafter(0.0, 1.0)) for part in parts]
     if _removed(free) >= target - slack:
-        chosen = _as_many_as_fit(free, parts, target, slack)
+        chosen = _meet(_as_many_as_fit(free, parts, target, slack), target)
     else:
-        chosen = _at_price(parts, target)
-    _fill(chosen, target)
+        chosen = min(
+            (_meet(way, target) for way in _bracket(parts, target)),
+            key=lambda way: (max(abs(_removed(way) - target) - slack, 0.0), _damage(way)),
+        )
     reached = _removed(chosen)
     if abs(reached - target) > slack:
         raise RateError(
@@ -146,27 +148,33 @@ def _removed(chosen: Sequence[Sequence[Taken]]) -> float:
     return sum(taken.removed for units in chosen for taken in units)
 
 
+def _damage(chosen: Sequence[Sequence[Taken]]) -> float:
+    return sum(taken.damage for units in chosen for taken in units)
+
+
 def _cheapest(part: Alternatives, price: float) -> list[Taken]:
     ways = [[Taken(unit, unit.edges_at(price)) for unit in units] for units in part]
     cost = [sum(t.damage - price * t.removed for t in way) for way in ways]
     return ways[int(np.argmin(cost))]
 
 
-def _at_price(parts: Sequence[Alternatives], target: float) -> list[list[Taken]]:
-    """The solution of the highest price that does not remove more than the target."""
+def _bracket(
+    parts: Sequence[Alternatives], target: float
+) -> tuple[list[list[Taken]], list[list[Taken]]]:
+    """The solutions of neighbouring prices that remove no more than the target, and no less."""
     prices = np.concatenate([unit.prices for part in parts for units in part for unit in units])
-    low, high = 0.0, float(prices.max(initial=0.0)) * 2 + 1e-300
-    best = [_cheapest(part, np.nextafter(0.0, 1.0)) for part in parts]
-    smallest = float(prices[prices > 0].min(initial=high))
-    low = smallest / 2
+    below = [_cheapest(part, np.nextafter(0.0, 1.0)) for part in parts]
+    above = [[Taken(unit, len(unit.prices)) for unit in max(part, key=_most)] for part in parts]
+    high = float(prices.max(initial=0.0)) * 2 + 1e-300
+    low = float(prices[prices > 0].min(initial=high)) / 2
     for _ in range(_ROUNDS):
         price = float(np.sqrt(low) * np.sqrt(high))
         chosen = [_cheapest(part, price) for part in parts]
         if _removed(chosen) <= target:
-            low, best = price, chosen
+            low, below = price, chosen
         else:
-            high = price
-    return best
+            high, above = price, chosen
+    return below, above
 
 
 def _as_many_as_fit(
@@ -183,31 +191,33 @@ def _as_many_as_fit(
     return chosen
 
 
-def _fill(chosen: Sequence[Sequence[Taken]], target: float) -> None:
-    """Moves smooth units along their next edges, cheapest first, until the target is met; then
-    others while that brings it nearer."""
+def _meet(chosen: list[list[Taken]], target: float) -> list[list[Taken]]:
+    """Moves smooth units along their next edges, cheapest first (back and dearest first, if too
+    much is removed), until the target is met; then others while that brings it nearer."""
     missing = target - _removed(chosen)
+    forward = missing > 0
     for smooth in (True, False):
         edges = []
         for order, taken in enumerate(itertools.chain.from_iterable(chosen)):
-            if taken.unit.smooth != smooth:
-                continue
-            for edge in range(int(taken.position), len(taken.unit.prices)):
-                edges.append((float(taken.unit.prices[edge]), order, edge, taken))
-        edges.sort(key=lambda item: item[:3])
+            if taken.unit.smooth == smooth:
+                at, prices = int(taken.position), taken.unit.prices
+                span = range(at, len(prices)) if forward else range(at)
+                edges += [(float(prices[edge]), order, edge, taken) for edge in span]
+        edges.sort(key=lambda item: item[:3], reverse=not forward)
         for _, _, edge, taken in edges:
-            if missing <= 0:
-                return
-            if taken.position != edge:
-                continue  # an earlier edge of a unit that moves in steps was left out
+            if missing == 0 or (missing > 0) != forward:
+                return chosen
+            if taken.position != (edge if forward else edge + 1):
+                continue  # the edge before, of a unit that moves in steps, was left out
             size = float(np.diff(taken.unit.removed[taken.unit.hull][edge : edge + 2])[0])
-            if smooth:
-                taken.position = edge + min(1.0, missing / size)
-            elif size <= 2 * missing:
-                taken.position = edge + 1
-            else:
+            part = min(1.0, abs(missing) / size) if smooth else 1.0
+            if size > 2 * abs(missing) and not smooth:
                 continue
-            missing -= min(size, missing) if smooth else size
+            taken.position = edge + part if forward else edge + 1 - part
+            if part < 1:
+                return chosen
+            missing -= size if forward else -size
+    return chosen
 
 
 def _above(

@@ -186,35 +186,46 @@ def apply_attention(job: Job, measured: Measured, block: AttentionBlock, plan: P
 
 
 def _follow_values(job: Job, measured: Measured, block: AttentionBlock) -> None:
-    """What the output projection reads after its values were folded, v' for v = V x.
+    """What the output projection reads after its values were folded, v' for v = V x + b.
 
-    With T the least-squares map of v to v', attention's averages of T v are known exactly; those of
-    the rest of v' (none at the lossless level) are taken to shrink as those of v do.
+    With T v + c the least-squares fit of v' by v, attention's averages of it are known exactly, as
+    its weights add up to 1; those of the rest of v' (none at the lossless level) are taken to
+    shrink as those of v do.
     """
-    encoding = job.segments.get(block.value.weight, {}).get(block.value.slot.part)
+    value, groups = block.value, block.groups
+    encoding = job.segments.get(value.weight, {}).get(value.slot.part)
     moments, gram = measured.block_moments(block), measured.gram(block.output.weight)
     if encoding is None or moments is None or gram is None:
         return
-    shape = (block.groups, block.head_dim, -1)
-    old = block.value.view(job.arrays[block.value.weight], block.heads).astype(np.float64)
-    old, new = old.reshape(shape), encoding.unpack().astype(np.float64).reshape(shape)
-    second = moments.second
-    energy = old @ second @ old.transpose(0, 2, 1)
-    change = new @ second @ old.transpose(0, 2, 1) @ np.linalg.pinv(energy, hermitian=True)
+    old = value.view(job.arrays[value.weight], block.heads).astype(np.float64)
+    new = encoding.unpack().astype(np.float64)
+    old_mean, new_mean = old @ moments.mean, new @ moments.mean
+    if value.bias is not None:
+        old_mean += value.bias_view(job.arrays[value.bias], block.heads)
+        new_mean += job.segments[value.bias][value.slot.part].unpack()
+    old, new = (a.reshape(groups, block.head_dim, -1) for a in (old, new))
+    covariance = moments.covariance
+    energy = old @ covariance @ old.transpose(0, 2, 1)
+    change = new @ covariance @ old.transpose(0, 2, 1)
+    change = change @ np.linalg.pinv(energy, rcond=1e-10, hermitian=True)
+    moved = np.einsum("gab,gb->ga", change, old_mean.reshape(groups, -1))
+    shift = new_mean.reshape(groups, -1) - moved
     rest = new - change @ old
-    per_group = block.heads // block.groups
-    own = np.diagonal(gram.second).reshape(block.heads, -1).sum(axis=1)
+    per_group = block.heads // groups
+    own = np.diagonal(gram.moments.covariance).reshape(block.heads, -1).sum(axis=1)
     whole = np.repeat(np.trace(energy, axis1=1, axis2=2), per_group)
     shrunk = np.divide(own, whole, out=np.zeros_like(own), where=whole > 0)
-    added = np.repeat(rest @ second @ rest.transpose(0, 2, 1), per_group, axis=0)
+    added = np.repeat(rest @ covariance @ rest.transpose(0, 2, 1), per_group, axis=0)
     measured.grams[block.output.weight] = gram.mapped(
-        np.repeat(change, per_group, axis=0), shrunk[:, None, None] * added
+        np.repeat(change, per_group, axis=0),
+        np.repeat(shift, per_group, axis=0),
+        shrunk[:, None, None] * added,
     )
 
 
 def apply_tensors(job: Job, measured: Measured, names: Iterable[str], plan: Plan) -> None:
-    """FPP of those tensors that the plan has a share for and that are not done yet."""
-    wanted = [name for name in names if name in plan.shares and name not in job.results]
+    """FPP of those tensors that the plan has a share for, folded ones excepted."""
+    wanted = [name for name in names if name in plan.shares]
     hidden = {
         matrix.weight: block
         for block in job.layout.feed_forwards
@@ -244,7 +255,7 @@ def _fit(
     job: Job, measured: Measured, target: Target, share: float, granularity: Granularity, scope: str
 ) -> Pruned:
     if measured.is_embedding(target.name):
-        return _prune_embedding(measured, target, share, granularity)
+        return _prune_embedding(measured, target, share, granularity, scope)
     gram = measured.require_gram(target.name)
     return fit(target, gram, share, granularity, scope, measured.row_weight(target))
 
@@ -260,7 +271,7 @@ def _fit_neurons(
 
 
 def _prune_embedding(
-    measured: Measured, target: Target, share: float, granularity: Granularity
+    measured: Measured, target: Target, share: float, granularity: Granularity, scope: str
 ) -> Pruned:
     """An embedding's rows are looked up, not mixed: nothing can make up for a removed number, and
     the damage is the sum of the prices."""
@@ -273,6 +284,8 @@ def _prune_embedding(
         )
     if granularity.kind == "nm":
         mask = _core.mask_nm((scores, 1.0, None), granularity.a, granularity.b, threads)
+    elif granularity.kind == "weight" and scope == "row":
+        mask = _core.mask_rows((scores, 1.0, None), round(share * scores.shape[1]), threads)
     else:
         grid = scores
         if block != (1, 1):

@@ -145,6 +145,12 @@ class Moments:
         return None if sums.second is None or not self.is_split else sums.second / sums.weight
 
     @property
+    def split_means(self) -> tuple[Array, Array]:
+        """``mean`` over the rows that are not held out, and over those that are: (d,) each."""
+        means = [s.sum / s.weight for s in self._inputs.sets if s.sum is not None and s.weight]
+        return means[0], means[-1]
+
+    @property
     def fit_rows(self) -> int:
         """Rows that ``fit`` is over."""
         return self._inputs.fit.rows if self.is_split else self.rows

@@ -56,20 +56,28 @@ class Gram:
         """Root mean square of every input, (d,) float32."""
         return np.sqrt(np.diagonal(self.second)).astype(np.float32)
 
-    def mapped(self, change: Array, added: Array) -> Gram:
-        """Of the input after head i's part x_i of it became change[i] x_i + e_i, with e_i of mean
-        square added[i] and independent; (heads, new, old) and (heads, new, new)."""
+    def mapped(self, change: Array, shift: Array, added: Array) -> Gram:
+        """Of the input after head i's part x_i of it became change[i] x_i + shift[i] + e_i, with
+        e_i of mean 0, of mean square added[i] and independent; (heads, new, old), (heads, new) and
+        (heads, new, new)."""
         heads, new, old = change.shape
 
-        def mapped(second: Array) -> Array:
+        def mapped(second: Array, mean: Array) -> Array:
             blocks = second.reshape(heads, old, heads, old)
             out = np.einsum("iab,ibjc,jdc->iajd", change, blocks, change, optimize=True)
             out[np.arange(heads), :, np.arange(heads)] += added
-            return out.reshape(heads * new, heads * new)
+            out = out.reshape(heads * new, heads * new)
+            moved = np.einsum("iab,ib->ia", change, mean.reshape(heads, old)).ravel()
+            cross = np.outer(moved + shift.ravel() / 2, shift.ravel())
+            return out + cross + cross.T
 
         gram = Gram(self.moments, self.threads)
-        gram.second = mapped(self.second)
-        gram.split = self.split and (mapped(self.split[0]), mapped(self.split[1]))
+        gram.second = mapped(self.second, self.moments.mean)
+        if self.split is not None:
+            means = self.moments.split_means
+            gram.split = (mapped(self.split[0], means[0]), mapped(self.split[1], means[1]))
+        else:
+            gram.split = None
         return gram
 
     @staticmethod
@@ -233,7 +241,7 @@ def fit_neurons(
     row_weight: Array | None = None,
 ) -> dict[str, Pruned]:
     """Removes ``share`` of a feed-forward layer's hidden units, rows of up and gate with columns of
-    down, and refits down. ``inputs`` are down's.
+    down, and refits down. ``gram`` is of down's input.
 
     The price of unit j is what the output loses when the other units make up for it as well as they
     can: sum_i row_weight_i w_ij^2 / (H^-1)_jj. Units leave in rounds, cheapest first.

@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..options import Progress, reporter, resolve_threads
 from .batches import Batch, naming
 
-__all__ = ["Loss", "as_tokens", "calibrate", "prepared"]
+__all__ = ["Loss", "as_tokens", "calibrate", "check_batches", "prepared"]
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 
@@ -91,11 +91,7 @@ def calibrate(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
-    if isinstance(batches, (Mapping, torch.Tensor, str)):
-        raise TypeError(
-            f"batches: expected an iterable of batches, got one {type(batches).__name__}: pass a "
-            "list of it"
-        )
+    check_batches(batches)
     for argument, value in (("gradients", gradients), ("max_bytes", max_bytes)):
         if isinstance(value, bool) or not isinstance(value, (int, type(None))):
             raise TypeError(f"{argument}={value!r}: expected a whole number")
@@ -140,6 +136,15 @@ def calibrate(
             "call them"
         )
     return calibration
+
+
+def check_batches(batches: Any) -> None:
+    """TypeError for a single batch, whose parts a loop would take for batches."""
+    if isinstance(batches, (Mapping, torch.Tensor, str)):
+        raise TypeError(
+            f"batches: expected an iterable of batches, got one {type(batches).__name__}: pass a "
+            "list of it"
+        )
 
 
 # ---- the model ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..options import Progress, reporter, resolve_threads
 from ..recipe import Recipe
 from ..schemas.layout import AttentionBlock, FeedForwardBlock
 from .batches import Batch, naming
-from .calibrate import Loss, as_tokens, calibrate, prepared
+from .calibrate import Loss, as_tokens, calibrate, check_batches, prepared
 from .tensors import from_numpy
 
 __all__ = ["compress"]
@@ -79,11 +80,12 @@ def compress(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+    check_batches(batches)
     recipe, rate = check_arguments(rate, recipe)
     check_calibration(calibration)
     workers = resolve_threads(threads)
     values = list(batches)
-    job = Job.begin(model, recipe, None, num_heads, lambda done, total, name: None, workers)
+    job = Job.begin(model, recipe, None, num_heads, _silent, workers)
     if job.layout.schema is None:
         raise ModelError(
             f"{type(model).__name__}: the blocks of an unknown architecture cannot be run one by "
@@ -103,7 +105,7 @@ def compress(
     measured = Measured(job.arrays, job.checkpoint.tied, job.layout, calibration, workers)
     measured.check(job.checkpoint.names)
     job.notes += measured.notes
-    with reporter(progress, "compressing") as report:
+    with reporter(progress, "measuring") as job.progress:
         plan = calibrated.make_plan(job, measured, rate, recipe)
         feed_forwards = {block.name: block for block in job.layout.feed_forwards}
         stages = [
@@ -111,16 +113,21 @@ def compress(
         ]
         inside = {name for of_block in stages for stage in of_block for name in stage.tensors}
         calibrated.apply_tensors(job, measured, [n for n in job.arrays if n not in inside], plan)
-        gradients_alone = calibration.without_moments()
-        del calibration, measured  # their matrices, unless the caller keeps them
-        with prepared(model), torch.no_grad():
-            runner = _Runner(model, [Batch(model, v, i) for i, v in enumerate(values)], job)
-            for i, (block, of_block) in enumerate(zip(job.layout.attentions, stages, strict=True)):
-                report(i, len(stages), block.name)
-                runner.compress(i, block, of_block, plan, gradients_alone)
-            report(len(stages), len(stages), "")
+    job.progress = _silent
+    gradients_alone = calibration.without_moments()
+    del calibration, measured  # and with them all moments, unless the caller keeps them
+    with reporter(progress, "compressing") as report, prepared(model), torch.no_grad():
+        runner = _Runner(model, [Batch(model, v, i) for i, v in enumerate(values)], job)
+        for i, (block, of_block) in enumerate(zip(job.layout.attentions, stages, strict=True)):
+            report(i, len(stages), block.name)
+            runner.compress(i, block, of_block, plan, gradients_alone)
+        report(len(stages), len(stages), "")
     job.warn_refused()
     return job.finish(recipe or plan.recipe())
+
+
+def _silent(done: int, total: int, name: str) -> None:
+    """No progress."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,9 @@ def _stages(
         if plan.shares.keys() & set(stage.tensors)
         or (stage.is_attention and block.name in plan.irc.keys() | plan.dwc.keys())
     ]
+
+
+_ALTERNATIVE = "it cannot be compressed block by block; use foldprune.compress with calibration="
 
 
 class _Stop(Exception):
@@ -207,41 +217,49 @@ class _Runner:
     def _capture(self, batch: Batch) -> None:
         """What the first block reads, after the embeddings were compressed, and what every block is
         called with."""
-        calls: list[_Call] = []
-        alike = bool(self.calls) and len(self.calls[0]) == 1
+        calls: dict[str, _Call] = {}
 
-        def note(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(
+            name: str, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
             hidden, rest, named = _split(args, kwargs)
             if not calls:
-                self.hidden.append(hidden)
-            calls.append(_Call(rest, named))
-            if alike:
+                self.hidden.append(hidden.clone())
+            if name in calls:
+                raise ModelError(f"{type(self.model).__name__} calls {name} twice: {_ALTERNATIVE}")
+            calls[name] = _Call(rest, named)
+            if len(calls) == len(self.names):
                 raise _Stop
 
+        device = next(self.model.parameters()).device
         changed = {
-            name: from_numpy(dense)
+            name: from_numpy(dense).to(device)
             for name in self.job.arrays
             if (dense := self.job.changed(name)) is not None
         }
         handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
+            self.model.get_submodule(name).register_forward_pre_hook(
+                partial(note, name), with_kwargs=True
+            )
             for name in self.names
         ]
         args, kwargs = batch.arguments
+        if "use_cache" in kwargs:
+            kwargs = {**kwargs, "use_cache": False}
         try:
             with naming(batch.index), suppress(_Stop):
                 torch.func.functional_call(self.model, changed, args, kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-        if not alike and len(calls) != len(self.names):
+        if list(calls) != self.names:
             raise ModelError(
                 f"{type(self.model).__name__} called {len(calls)} of its {len(self.names)} blocks: "
-                "it cannot be compressed block by block; use foldprune.compress with calibration="
+                f"{_ALTERNATIVE}"
             )
-        if not self.calls and all(call.same_as(calls[0]) for call in calls):
-            calls = calls[:1]
-        self.calls.append(calls)
+        in_order = list(calls.values())
+        alike = all(call.same_as(in_order[0]) for call in in_order)
+        self.calls.append(in_order[:1] if alike else in_order)
 
     def compress(
         self,
