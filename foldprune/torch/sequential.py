@@ -109,13 +109,12 @@ def compress(
     job.progress = _silent
     calibration = calibration.without_moments()
     del measured  # and with it all moments
-    with reporter(progress, "compressing") as report:
-        with prepared(model), torch.no_grad():
-            runner = _Runner(model, [Batch(model, v, i) for i, v in enumerate(values)], job)
-            for i, (block, of_block) in enumerate(zip(job.layout.attentions, stages, strict=True)):
-                report(i, len(stages), block.name)
-                runner.compress(i, block, of_block, plan, calibration)
-            report(len(stages), len(stages), "")
+    with reporter(progress, "compressing") as report, prepared(model), torch.no_grad():
+        runner = _Runner(model, [Batch(model, v, i) for i, v in enumerate(values)], job)
+        for i, (block, of_block) in enumerate(zip(job.layout.attentions, stages, strict=True)):
+            report(i, len(stages), block.name)
+            runner.compress(i, block, of_block, plan, calibration)
+        report(len(stages), len(stages), "")
     job.warn_refused()
     return job.finish(recipe or plan.recipe())
 
