@@ -55,6 +55,7 @@ def run(job: Job, calibration: Calibration, rate: float, recipe: Recipe | None) 
     measured = Measured(job.arrays, job.checkpoint.tied, job.layout, calibration, job.threads)
     measured.check(job.checkpoint.names)
     job.notes += measured.notes
+    job.passes = 2 if recipe is None else 1  # curves, then the tensors themselves
     plan = make_plan(job, measured, rate, recipe)
     for block in job.layout.attentions:
         apply_attention(job, measured, block, plan)

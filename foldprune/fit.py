@@ -144,8 +144,15 @@ def fit(
         else:
             mask = sweep(matrix, gram, share, row_weight)[0]
         return _finish(target, gram, mask, (1, 1), 0)
-    block = (granularity.a, granularity.b) if granularity.kind == "block" else (1, matrix.shape[1])
-    grid = _core.block_scores((matrix, 1.0, gram.col_scale), block[0], block[1], threads)
+    weight = np.ones(len(matrix)) if row_weight is None else row_weight
+    if granularity.kind == "row":  # nothing makes up for an output
+        block = (1, matrix.shape[1])
+        energy = row_damage(matrix, np.zeros_like(matrix), gram)[1]
+        grid = np.sqrt(weight * energy)[:, None].astype(np.float32)
+    else:
+        block = (granularity.a, granularity.b)
+        weighed = np.sqrt(weight)[:, None].astype(np.float32) * matrix.astype(np.float32)
+        grid = _core.block_scores((weighed, 1.0, gram.col_scale), *block, threads)
     threshold, ties = _core.select([(grid, 1.0, None)], round(share * grid.size), threads)
     mask, _ = _core.mask_threshold((grid, 1.0, None), threshold, ties, threads)
     return _finish(target, gram, mask, block)

@@ -76,6 +76,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     done: int = 0
+    passes: int = 1  # over all tensors
 
     @classmethod
     def begin(
@@ -117,6 +118,11 @@ class Job:
     @property
     def arrays(self) -> dict[str, Array]:
         return self.checkpoint.arrays
+
+    @property
+    def total(self) -> int:
+        """Steps that progress counts."""
+        return self.passes * len(self.arrays)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -325,7 +331,7 @@ class Job:
 
     def step(self, name: str) -> None:
         self.done += 1
-        self.progress(self.done, len(self.arrays), name)
+        self.progress(self.done, self.total, name)
 
     # ---- the two ways in ------------------------------------------------------------------------
 
@@ -338,7 +344,7 @@ class Job:
             if (dwc := self.dwc_of(block, recipe)) is not None:
                 self.fold_value(block, *dwc)
             self.assemble_folds(block)
-            self.progress(self.done, len(self.arrays), block.name)
+            self.progress(self.done, self.total, block.name)
         self.warn_refused()
         self._prune_recipe(recipe)
 
@@ -442,7 +448,7 @@ class Job:
                         folded_outputs[block.output.weight] = fold
             else:
                 self.refuse((block.value,), f"DWC left out: {reason}")
-            self.progress(self.done, len(self.arrays), block.name)
+            self.progress(self.done, self.total, block.name)
 
         recipe = Recipe(fpp=0)  # how much is what is to be found out
         targets = self.targets(recipe)
@@ -538,7 +544,7 @@ class Job:
                     "; ".join(notes),
                 )
             )
-        self.progress(len(self.arrays), len(self.arrays), "")
+        self.progress(self.total, self.total, "")
         report = Report(rows, self.layout.schema, self._head_facts(), self.notes)
         return Compressed(
             self.checkpoint.names,

@@ -26,13 +26,14 @@ _SHARES = np.linspace(0.05, 1.0, 20)  # shares of weights that FPP's curves are 
 @dataclass(frozen=True)
 class Point:
     """One way to make one part smaller. ``setting``: the share of weights removed (FPP), the rank
-    (planes under rotary embedding) kept (IRC), the remainder's rank kept (DWC); ``removed``: the
-    numbers that need no storing then; ``damage``: what the model's output loses, see
-    ``Sensitivity.unit``."""
+    (planes under rotary embedding) kept (IRC), the remainder's rank kept (DWC); ``numbers``: how
+    many the part has (of a head IRC folds query and key, DWC the value); ``removed``: those that
+    need no storing then; ``damage``: what the model's output loses, see ``Sensitivity.unit``."""
 
     name: str
     method: str
     setting: float
+    numbers: int
     removed: int
     damage: float
 
@@ -48,8 +49,6 @@ class Sensitivity:
     unit : str
         What damage means: expected loss per token (to second order), or relative squared error of
         the part's own output where the calibration has no gradients.
-    numbers : dict
-        How many numbers each part has.
     notes : list of str
 
     ``str()`` prints a line per part and method; ``to_dict()`` is plain JSON.
@@ -57,7 +56,6 @@ class Sensitivity:
 
     points: list[Point]
     unit: str
-    numbers: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def curve(self, name: str, method: str) -> list[Point]:
@@ -69,26 +67,26 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         points = [asdict(point) for point in self.points]
-        return {"unit": self.unit, "numbers": self.numbers, "notes": self.notes, "points": points}
+        return {"unit": self.unit, "notes": self.notes, "points": points}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sensitivity:
         """The inverse of ``to_dict``."""
         points = [Point(**point) for point in values["points"]]
-        return cls(points, values["unit"], dict(values["numbers"]), list(values["notes"]))
+        return cls(points, values["unit"], list(values["notes"]))
 
     def _lines(self) -> list[tuple[str, ...]]:
         header = ("part", "method", "numbers", *(f"-{share:.0%}" for share in _SHOWN))
         lines: list[tuple[str, ...]] = [header]
         for name, method in dict.fromkeys((p.name, p.method) for p in self.points):
             points = self.curve(name, method)
-            shares = [point.removed / self.numbers[name] for point in points]
+            shares = [point.removed / point.numbers for point in points]
             damage = [point.damage for point in points]
             cells = [
                 f"{np.interp(share, shares, damage):.2e}" if share <= shares[-1] + 1e-9 else ""
                 for share in _SHOWN
             ]
-            lines.append((name, method, f"{self.numbers[name]:,}", *cells))
+            lines.append((name, method, f"{points[0].numbers:,}", *cells))
         return lines
 
     def __str__(self) -> str:
@@ -128,25 +126,25 @@ def sensitivity(
         units = [unit for part in calibrated.parts(job, measured) for way in part for unit in way]
         report(len(job.arrays), len(job.arrays), "")
     blocks = {block.name: block for block in job.layout.attentions}
-    numbers = {}
+    points = []
     for unit in units:
         if unit.method == "FPP":
-            numbers[unit.name] = job.arrays[unit.name].size
+            numbers = job.arrays[unit.name].size
         else:
             block = blocks[unit.name.rpartition(":")[0]]
             matrices = (block.query, block.key) if unit.method == "IRC" else (block.value,)
-            numbers[unit.name] = sum(m.rows * m.cols for m in matrices) // block.groups
-    points = [point for unit in units for point in _points(unit)]
-    return Sensitivity(points, measured.unit, numbers, [*job.notes, *measured.notes])
+            numbers = sum(m.rows * m.cols for m in matrices) // block.groups
+        points += _points(unit, numbers)
+    return Sensitivity(points, measured.unit, [*job.notes, *measured.notes])
 
 
-def _points(unit: Unit) -> list[Point]:
+def _points(unit: Unit, numbers: int) -> list[Point]:
     if unit.smooth:
         removed = np.interp(_SHARES, unit.settings, unit.removed)
         columns = (_SHARES, removed, np.interp(_SHARES, unit.settings, unit.damage))
     else:
         columns = (unit.settings, unit.removed, unit.damage)
     return [
-        Point(unit.name, unit.method, float(setting), round(float(removed)), float(damage))
-        for setting, removed, damage in zip(*columns, strict=True)
+        Point(unit.name, unit.method, float(setting), numbers, round(float(gone)), float(damage))
+        for setting, gone, damage in zip(*columns, strict=True)
     ]
