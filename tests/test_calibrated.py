@@ -4,23 +4,31 @@ its definition, and real transformers models as judges."""
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from models import (
+    FAMILIES,
+    batches,
+    costs,
+    damage,
+    error,
+    inputs,
+    loaded,
+    out_in,
+    output_error,
+    settled,
+)
 
 import foldprune
 from foldprune import Calibration, Recipe
-from foldprune.calibrated import apply_attention, make_plan, parts
+from foldprune.calibrated import apply_attention, make_plan
 from foldprune.errors import ModelError, RateError, TensorError
 from foldprune.fit import DAMPINGS, SEARCH_DAMPING, Gram, fit, fit_neurons
-from foldprune.job import Job
-from foldprune.measured import SHARES, Measured
 from foldprune.prune import Pruned, Target, prune, prune_neurons
 from foldprune.recipe import Granularity
 
@@ -84,13 +92,6 @@ def least_squares(w: Array, keep: Array, h: Array) -> Array:
         if support.any():
             new[support] = np.linalg.solve(h[np.ix_(support, support)], (h @ row)[support])
     return out
-
-
-def error(w: Array, new: Array, x: Array) -> float:
-    """Relative squared error of the output, from the rows of data themselves."""
-    rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
-    changed = rows @ (new.astype(np.float64) - w.astype(np.float64)).T
-    return float(np.square(changed).sum() / np.square(rows @ w.T.astype(np.float64)).sum())
 
 
 @pytest.mark.parametrize("way", WAYS, ids=NAMES)
@@ -272,12 +273,6 @@ def test_hidden_units_are_chosen_by_what_the_others_cannot_make_up_for():
 
 # ---- whole models -------------------------------------------------------------------------------
 
-FAMILIES = [
-    "bert", "roberta", "gpt2", "llama-", "llama-gqa", "llama-mqa", "llama-bias", "llama-tied",
-    "llama-wide", "mistral", "qwen2", "qwen3",
-]  # fmt: skip
-Known = Callable[..., tuple[Any, Calibration]]
-
 
 @pytest.fixture(autouse=True)
 def _refusals_are_expected():
@@ -287,82 +282,8 @@ def _refusals_are_expected():
         yield
 
 
-def batches(seed: int = 1, count: int = 8) -> list[Any]:
-    torch = pytest.importorskip("torch")
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 89, (8, 16), generator=generator) for _ in range(count)]
-
-
-@pytest.fixture(scope="module")
-def known(make_model) -> Known:
-    """known(family, gradients=16): a model, and its calibration on ``batches()``."""
-    from foldprune.torch import calibrate
-
-    @functools.cache
-    def make(family: str, gradients: int = 16) -> tuple[Any, Calibration]:
-        model = make_model(family)
-        return model, calibrate(model, batches(), gradients=gradients, progress=False, threads=1)
-
-    return make
-
-
-def logits(model: Any, ids: Any) -> Array:
-    import torch
-
-    with torch.no_grad():
-        return model(ids).logits.double().numpy()
-
-
-def loaded(model: Any, compressed: foldprune.Compressed) -> Any:
-    """A copy of the model with the compressed weights."""
-    other = copy.deepcopy(model)
-    other.load_state_dict(compressed.state_dict())
-    return other
-
-
-def output_error(model: Any, compressed: foldprune.Compressed, seed: int = 2) -> float:
-    """Relative squared error of the logits on other data than was calibrated on."""
-    (ids,) = batches(seed, 1)
-    dense = logits(model, ids)
-    return float(np.square(logits(loaded(model, compressed), ids) - dense).sum()) / float(
-        np.square(dense).sum()
-    )
-
-
-def inputs(model: Any) -> dict[str, Array]:
-    """Every linear layer's input over the calibration batches, (rows, d) float64, by weight."""
-    import torch
-
-    met: dict[str, list[Array]] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
-
-            def note(_: Any, args: Any, name: str = f"{name}.weight") -> None:
-                met.setdefault(name, []).append(args[0].double().numpy())
-
-            handles.append(module.register_forward_pre_hook(note))
-    for ids in batches():
-        logits(model, ids)
-    for handle in handles:
-        handle.remove()
-    return {name: np.concatenate(x).reshape(-1, x[0].shape[-1]) for name, x in met.items()}
-
-
 def by_name(compressed: foldprune.Compressed) -> dict[str, Any]:
     return {row.name: row for row in compressed.report.rows}
-
-
-def out_in(model: Any, name: str, state: Any) -> Array:
-    """A matrix as (out x in)."""
-    module = model.get_submodule(name.removesuffix(".weight"))
-    matrix = np.asarray(state[name])
-    return matrix.T if type(module).__name__ == "Conv1D" else matrix
-
-
-def settled(model: Any, calibration: Calibration) -> tuple[Job, Measured]:
-    job = Job.begin(model, None, None, None, lambda done, total, name: None, 1)
-    return job, Measured(job.arrays, job.checkpoint.tied, job.layout, calibration, 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -382,19 +303,6 @@ def test_rate_zero_is_still_lossless(known, family):
     assert output_error(model, got) < 1e-10
     assert got.report.removed == foldprune.compress(model, 0, threads=1).report.removed
     assert got.recipe == Recipe.lossless()
-
-
-def damage(w: Array, new: Array, x: Array, cost: Array) -> float:
-    """What the outputs lose on those rows of data, each output's squared error at its cost."""
-    changed = x @ (new.astype(np.float64) - w.astype(np.float64)).T
-    return float(cost @ np.square(changed).mean(axis=0))
-
-
-def costs(calibration: Calibration, name: str, outputs: int) -> Array:
-    gradient = calibration.gradient(name)
-    if gradient is None:
-        return np.ones(outputs)
-    return np.maximum(gradient, 1e-3 * gradient.mean())
 
 
 @pytest.mark.parametrize("gradients", [0, 16])
@@ -611,3 +519,95 @@ def test_progress_only_goes_forward(known):
         done = [call[0] for call in calls]
         assert done == sorted(done) and calls[-1][0] == calls[-1][1] > 0
         assert len({call[1] for call in calls}) == 1
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+
+def rows(width: int) -> Array:
+    return np.random.default_rng(0).standard_normal((4, 64, width)).astype(np.float32)
+
+
+def test_a_calibration_of_another_model(known):
+    llama, of_llama = known("llama-gqa")
+    bert, of_bert = known("bert")
+    for model, calibration, name in ((llama, of_bert, "bert.enc"), (bert, of_llama, "model.lay")):
+        for call in (foldprune.compress, foldprune.sensitivity):
+            with pytest.raises(ModelError, match=f"does not have: .*{name}.*another model's"):
+                call(model, calibration=calibration, threads=1)
+
+
+@pytest.mark.parametrize("layer", ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"])
+def test_a_calibration_of_another_width(known, layer):
+    model, _ = known("llama-gqa")
+    outputs, width = model.get_submodule(layer).weight.shape
+    calibration = Calibration()
+    calibration.update(layer, rows(width + 1))
+    with pytest.raises(ModelError, match=rf"'{layer}.weight'.*with {width + 1} inputs"):
+        foldprune.compress(model, calibration=calibration, threads=1)
+    calibration = Calibration()
+    calibration.update_gradient(layer, rows(outputs - 1))
+    with pytest.raises(ModelError, match=rf"'{layer}.weight'.*{outputs - 1} outputs"):
+        foldprune.compress(model, calibration=calibration, threads=1)
+
+
+def test_a_calibration_of_another_vocabulary(known):
+    model, _ = known("llama-tied")
+    calibration = Calibration()
+    calibration.update_tokens("model.embed_tokens", np.arange(50), 90)
+    with pytest.raises(ModelError, match=r"'model.embed_tokens.weight'.*90 embedding rows"):
+        foldprune.compress(model, calibration=calibration, threads=1)
+
+
+def test_a_name_that_no_layer_has(known):
+    model, _ = known("llama-gqa")
+    calibration = Calibration()
+    calibration.update("model.layers.7.mlp.up_proj", rows(48))
+    with pytest.raises(ModelError, match=r"model\.layers\.7\.mlp\.up_proj.*state dict"):
+        foldprune.compress(model, calibration=calibration, threads=1)
+
+
+def test_statistics_are_missing(known):
+    """Of a matrix that is to be pruned; where nothing is pruned none are needed."""
+    from foldprune.torch import calibrate
+
+    model, _ = known("llama-gqa")
+    options: dict[str, Any] = {"gradients": 0, "progress": False, "threads": 1}
+    calibration = calibrate(model, batches(), names="*.mlp.*", **options)
+    with pytest.raises(TensorError, match=r"'model\.layers\.0\.self_attn\.\w+\.weight'.*update"):
+        foldprune.compress(model, 0.3, calibration=calibration, threads=1)
+    recipe = Recipe(fpp=0.5, fpp_on=("feed_forward", "attention_output"), fpp_scope="tensor")
+    with pytest.raises(
+        TensorError, match=r"'model\.layers\.0\.self_attn\.o_proj\.weight'.*overrides"
+    ):
+        foldprune.compress(model, recipe=recipe, calibration=calibration, threads=1)
+    recipe = Recipe.from_dict({**recipe.to_dict(), "overrides": {"*.o_proj.*": {"fpp": None}}})
+    got = foldprune.compress(model, recipe=recipe, calibration=calibration, threads=1)
+    assert sum("FPP" in row.method for row in got.report.rows) == 6
+    got = foldprune.compress(model, recipe=Recipe(irc=3), calibration=calibration, threads=1)
+    assert any("model.layers.0" in note and "without data" in note for note in got.report.notes)
+
+
+def test_an_empty_calibration(known):
+    model, _ = known("bert")
+    got = foldprune.compress(model, 0, calibration=Calibration(), threads=1)
+    assert any("no calibration" in note for note in got.report.notes)
+    with pytest.raises(TensorError, match="has no statistics of this layer"):
+        foldprune.compress(model, recipe=Recipe(fpp=0.5), calibration=Calibration(), threads=1)
+
+
+def test_arguments_of_other_kinds(known, tmp_path):
+    model, calibration = known("bert")
+    for wrong in ("calibration.safetensors", {}, calibration.moments("cls.predictions.decoder")):
+        for call in (foldprune.compress, foldprune.sensitivity):
+            with pytest.raises(TypeError, match="calibration: expected a Calibration"):
+                call(model, calibration=wrong)
+
+
+def test_above_the_largest_possible_rate_the_error_names_it(known):
+    model, calibration = known("llama-gqa")
+    with pytest.raises(RateError, match=r"largest possible is 0\.9") as caught:
+        foldprune.compress(model, 0.999, calibration=calibration, threads=1)
+    largest = float(str(caught.value).partition("largest possible is ")[2].split()[0])
+    got = foldprune.compress(model, largest - 1e-4, calibration=calibration, threads=1)
+    assert got.report.removed == pytest.approx(largest, abs=0.005)
