@@ -577,9 +577,7 @@ def test_statistics_are_missing(known):
     with pytest.raises(TensorError, match=r"'model\.layers\.0\.self_attn\.\w+\.weight'.*update"):
         foldprune.compress(model, 0.3, calibration=calibration, threads=1)
     recipe = Recipe(fpp=0.5, fpp_on=("feed_forward", "attention_output"), fpp_scope="tensor")
-    with pytest.raises(
-        TensorError, match=r"'model\.layers\.0\.self_attn\.o_proj\.weight'.*overrides"
-    ):
+    with pytest.raises(TensorError, match=r"'\S+\.0\.self_attn\.o_proj\.weight'.*overrides"):
         foldprune.compress(model, recipe=recipe, calibration=calibration, threads=1)
     recipe = Recipe.from_dict({**recipe.to_dict(), "overrides": {"*.o_proj.*": {"fpp": None}}})
     got = foldprune.compress(model, recipe=recipe, calibration=calibration, threads=1)
@@ -605,7 +603,7 @@ def test_arguments_of_other_kinds(known, tmp_path):
 
 
 def test_above_the_largest_possible_rate_the_error_names_it(known):
-    model, calibration = known("llama-gqa")
+    model, calibration = known("bert")
     with pytest.raises(RateError, match=r"largest possible is 0\.9") as caught:
         foldprune.compress(model, 0.999, calibration=calibration, threads=1)
     largest = float(str(caught.value).partition("largest possible is ")[2].split()[0])
