@@ -178,6 +178,8 @@ def candidates(job: Job) -> list[Target]:
 def apply_attention(job: Job, measured: Measured, block: AttentionBlock, plan: Plan) -> None:
     """Folds one block's query, key and value."""
     moments = measured.block_moments(block)
+    if moments is None and block.name in plan.irc.keys() | plan.dwc.keys():
+        job.notes.append(f"{block.name}: the calibration does not reach it: folded without data")
     if block.name in plan.irc:
         job.fold_query_key(block, *plan.irc[block.name], moments=moments)
     if block.name in plan.dwc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -122,6 +123,21 @@ def make_model() -> Callable[..., Any]:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     return lambda name, seed=0: _randomise(_family(name), seed)
+
+
+@pytest.fixture(scope="session")
+def known(make_model: Callable[..., Any]) -> Callable[..., Any]:
+    """known(name, gradients=16): a random model and its calibration on ``models.batches()``."""
+    import models
+
+    from foldprune.torch import calibrate
+
+    @functools.cache
+    def make(name: str, gradients: int = 16) -> Any:
+        model, data = make_model(name), models.batches()
+        return model, calibrate(model, data, gradients=gradients, progress=False, threads=1)
+
+    return make
 
 
 @pytest.fixture(scope="session")
