@@ -26,9 +26,10 @@ _SHARES = np.linspace(0.05, 1.0, 20)  # shares of weights that FPP's curves are 
 @dataclass(frozen=True)
 class Point:
     """One way to make one part smaller. ``setting``: the share of weights removed (FPP), the rank
-    (planes under rotary embedding) kept (IRC), the remainder's rank kept (DWC); ``numbers``: how
-    many the part has (of a head IRC folds query and key, DWC the value); ``removed``: those that
-    need no storing then; ``damage``: what the model's output loses, see ``Sensitivity.unit``."""
+    (planes under rotary embedding) kept (IRC), the remainder's rank kept (DWC). ``numbers``: how
+    many the part has; for a head, IRC counts query and key with their biases, DWC the value with
+    its own. ``removed``: those that need no storing then. ``damage``: what the model's output
+    loses, see ``Sensitivity.unit``."""
 
     name: str
     method: str
@@ -133,7 +134,8 @@ def sensitivity(
         else:
             block = blocks[unit.name.rpartition(":")[0]]
             matrices = (block.query, block.key) if unit.method == "IRC" else (block.value,)
-            numbers = sum(m.rows * m.cols for m in matrices) // block.groups
+            numbers = sum(m.rows * (m.cols + (m.bias is not None)) for m in matrices)
+            numbers //= block.groups
         points += _points(unit, numbers)
     return Sensitivity(points, measured.unit, [*job.notes, *measured.notes])
 
