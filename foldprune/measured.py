@@ -153,7 +153,15 @@ class Measured:
         if not len(self.calibration):
             return ["no calibration: inputs are taken as white up to the gain of the norm before"]
         if self.has_gradients:
-            return []
+            return [
+                f"{name}: the calibration has no gradient at this embedding's output; it is priced "
+                "by relative error"
+                for name, group in self.layout.groups.items()
+                if group == "embedding"
+                and self.arrays[name].ndim == 2
+                and self.row_use(name) is not None
+                and self._embedding_gradient(name, self.arrays[name].shape[1]) is None
+            ]
         return [
             "the calibration has no gradients: damage is relative output error, not what the "
             "model's loss sees (foldprune.torch.calibrate counts them)"
