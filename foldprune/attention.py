@@ -1,31 +1,27 @@
 """Folds of one attention block: from its matrices to the encodings of its tensors.
 
 IRC sees the logits' matrices M_i = [W_q,i b_q,i]^T W_k,j, DWC the outputs' W_o,i W_v,j; see
-csrc/include/foldprune.h for the core. What the block's inputs are is known from their moments
-(query, key and value read the same ones). Data-free, what the normalisation before the block puts
-out is taken as white before its gain, so input j has the root mean square |gain_j| (1 where no such
-norm is known).
+csrc/include/foldprune.h for the core. inputs.py says what the block's inputs are like.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from . import _core
 from .encodings import Array, Dense, Diagonal, Encoding, Planes, Rows, Zeros
-from .errors import ModelError, TensorError, TensorTypeError
+from .errors import ModelError, TensorTypeError
+from .inputs import BlockInputs, Moments
 from .schemas.layout import AttentionBlock, Matrix
 from .tensors import is_weight_dtype
 
 __all__ = [
     "Curve",
     "Fold",
-    "Moments",
     "Refused",
     "dwc",
     "dwc_curve",
@@ -33,20 +29,6 @@ __all__ = [
     "irc",
     "irc_curve",
 ]
-
-
-class Moments(Protocol):
-    """What calibration knows of a block's inputs x: their ``count``, ``mean`` (d,) and ``second``
-    moment (d, d), the mean of x x^T, both float64."""
-
-    @property
-    def count(self) -> float: ...
-
-    @property
-    def mean(self) -> Array: ...
-
-    @property
-    def second(self) -> Array: ...
 
 
 @dataclass
@@ -84,21 +66,6 @@ def exact_in(dtype: np.dtype[Any]) -> bool:
     return dtype.itemsize >= 4
 
 
-def input_scale(block: AttentionBlock, arrays: Mapping[str, Array]) -> Array | None:
-    """|gain| of the norm before the block, (d,) float64; None if unknown. Gains near zero are
-    raised to a thousandth of the largest, so that no input counts for nothing."""
-    if block.norm is None:
-        return None
-    gain = next(
-        (arrays[n] for n in (f"{block.norm}.weight", f"{block.norm}.gamma") if n in arrays), None
-    )
-    if gain is None or gain.shape != (block.query.cols,):
-        return None
-    scale = np.abs(gain.astype(np.float64))
-    largest = float(scale.max())
-    return np.maximum(scale, 1e-3 * largest) if largest > 0 else None
-
-
 def _load(
     block: AttentionBlock, arrays: Mapping[str, Array], matrix: Matrix
 ) -> tuple[Array, Array | None]:
@@ -127,74 +94,8 @@ def _load_pair(
     return one, other
 
 
-class _Inputs:
-    """How a block's inputs weigh errors: ``scale``, the root mean square of each one, and with
-    moments the ``mean`` and factors F of their second moments F F^T, (d, d) float64 each.
-
-    ``centred``: of the covariance; ``plain``: of x; ``extended``: of [x; 1]. The covariance is
-    shrunk towards its diagonal by d / (d + 10 count), so that directions that few rows happened not
-    to take still count (of the factors tried, 10 kept MiniLM's embeddings best at 150 and 400 rows
-    of 384 inputs).
-    """
-
-    mean: Array
-    centred: Array
-
-    def __init__(
-        self, block: AttentionBlock, arrays: Mapping[str, Array], moments: Moments | None
-    ) -> None:
-        self.known = moments is not None
-        self.scale = None if moments is not None else input_scale(block, arrays)
-        if moments is None:
-            return
-        d = block.query.cols
-        self.mean = np.asarray(moments.mean, np.float64)
-        second = np.asarray(moments.second, np.float64)
-        if self.mean.shape != (d,) or second.shape != (d, d):
-            raise TensorError(
-                f"{block.name}: moments of shapes {self.mean.shape} and {second.shape} for "
-                f"{block.query.weight!r} with {d} inputs; calibrate with this model"
-            )
-        if not (np.isfinite(second).all() and np.isfinite(self.mean).all()):
-            raise TensorError(f"{block.name}: the moments of its inputs hold NaN or Inf")
-        covariance = second - np.outer(self.mean, self.mean)
-        variance = covariance.diagonal().copy()
-        largest = variance.max()
-        if not (moments.count > 1 and largest > 1e-12 * second.diagonal().max()):
-            raise TensorError(
-                f"{block.name}: its calibrated inputs do not vary ({moments.count:g} rows); "
-                "calibrate with more rows"
-            )
-        covariance *= 1 - _shrinkage(d, float(moments.count))
-        # inputs that never varied get a little variance, so that no input counts for nothing
-        np.fill_diagonal(covariance, np.maximum(variance, 1e-12 * largest))
-        self.centred = np.linalg.cholesky(covariance)
-
-    def weigh(self, rows: Array) -> Array:
-        """Rows (..., d) in the units of x's second moment: their norms are root mean squares."""
-        if self.known:
-            return np.asarray(rows @ self.plain)
-        return rows if self.scale is None else rows * self.scale
-
-    @cached_property
-    def plain(self) -> Array:
-        return np.linalg.cholesky(self.centred @ self.centred.T + np.outer(self.mean, self.mean))
-
-    @cached_property
-    def extended(self) -> Array:
-        d = len(self.mean)
-        factor = np.zeros((d + 1, d + 1))
-        factor[:d, :d], factor[:d, d], factor[d, d] = self.centred, self.mean, 1.0
-        return factor
-
-
-def _shrinkage(d: int, count: float) -> float:
-    # the least amount keeps the Cholesky factorisation positive definite
-    return max(d / (d + 10 * count), 1e-7)
-
-
 def _logit_heads(
-    block: AttentionBlock, arrays: Mapping[str, Array], inputs: _Inputs
+    block: AttentionBlock, arrays: Mapping[str, Array], inputs: BlockInputs
 ) -> tuple[Any, ...]:
     query, key = _load_pair(block, arrays, block.query, block.key)
     # without rotation the key's bias adds a constant to each row of the softmax and drops out, and
@@ -207,7 +108,7 @@ def _logit_heads(
 
 
 def _output_heads(
-    block: AttentionBlock, arrays: Mapping[str, Array], inputs: _Inputs
+    block: AttentionBlock, arrays: Mapping[str, Array], inputs: BlockInputs
 ) -> tuple[Any, ...]:
     value, output = _load_pair(block, arrays, block.value, block.output)
     # rows of the softmax sum to one, so the value's bias is a constant that the output's bias
@@ -255,7 +156,7 @@ def irc(
     and keys, the keys' mean left out as the softmax does; one number is then the mean over the
     heads, and those whose logits need more rank get more of it.
     """
-    inputs = _Inputs(block, arrays, None if ranks is None else moments)
+    inputs = BlockInputs(block, arrays, None if ranks is None else moments)
     heads = _logit_heads(block, arrays, inputs)
     dtype = heads[0].dtype
     gauge = exact_in(dtype)
@@ -355,7 +256,7 @@ def _irc_planes(
     block: AttentionBlock,
     arrays: Mapping[str, Array],
     heads: tuple[Any, ...],
-    inputs: _Inputs,
+    inputs: BlockInputs,
     ranks: Array | None,
     gauge: bool,
     threads: int,
@@ -420,7 +321,7 @@ def _irc_planes(
 
 
 def _plane_scores(
-    block: AttentionBlock, heads: tuple[Any, ...], inputs: _Inputs, threads: int
+    block: AttentionBlock, heads: tuple[Any, ...], inputs: BlockInputs, threads: int
 ) -> Array:
     """What every plane p is expected to contribute to the logits, E|q_p|^2 E|k_p|^2 with the
     queries of a group summed: (groups, head_dim / 2)."""
@@ -471,7 +372,7 @@ def dwc(
     output or the value has a bias, that keeps the block's mean output. Raises Refused where a slice
     is not defined or the dtype's range is left.
     """
-    inputs = _Inputs(block, arrays, None if _is_lossless(mode) else moments)
+    inputs = BlockInputs(block, arrays, None if _is_lossless(mode) else moments)
     heads = _output_heads(block, arrays, inputs)
     dtype, head_dim, groups = heads[2].dtype, block.head_dim, block.groups
     cols = block.value.cols
@@ -568,7 +469,7 @@ def _dwc_named(
 def _fold_bias(
     block: AttentionBlock,
     arrays: Mapping[str, Array],
-    inputs: _Inputs,
+    inputs: BlockInputs,
     value: Diagonal,
     output: Array,
 ) -> Array:
@@ -620,7 +521,7 @@ def irc_curve(
     threads: int = 1,
     moments: Moments | None = None,
 ) -> Curve:
-    inputs = _Inputs(block, arrays, moments)
+    inputs = BlockInputs(block, arrays, moments)
     heads = _logit_heads(block, arrays, inputs)
     gauge = exact_in(heads[0].dtype)
     cols, head_dim = block.query.cols, block.head_dim
@@ -648,7 +549,7 @@ def dwc_curve(
     threads: int = 1,
     moments: Moments | None = None,
 ) -> Curve:
-    heads = _output_heads(block, arrays, _Inputs(block, arrays, moments))
+    heads = _output_heads(block, arrays, BlockInputs(block, arrays, moments))
     gauge = exact_in(heads[2].dtype)
     cols, head_dim = block.value.cols, block.head_dim
     has_bias = block.value.bias is not None
