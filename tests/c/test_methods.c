@@ -426,6 +426,8 @@ static void test_rope(int pairing, int gauge)
     CHECK(ranks[0] == 1 && ranks[1] == 2 && planes[1] == -1 && planes[PLANES] < planes[PLANES + 1]);
     fewer[0] = PLANES + 1;
     CHECK(fp_rope_apply(&h, (fp_rope)pairing, scores, fewer, planes, &out, 1) == FP_ERR_RANGE);
+    h.right_factor = r; /* planes are scored by scales or by the caller */
+    CHECK(fp_rope_scores(&h, (fp_rope)pairing, scores, 1) == FP_ERR_ARGUMENT);
     free(l);
     free(r);
     free(re);
