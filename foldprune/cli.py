@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _compress(args: argparse.Namespace) -> int:
     from .api import compress
+    from .calibration import Calibration
 
     _check_destination(args.source, args.destination, folder=args.max_shard_bytes is not None)
     compressed = compress(
@@ -63,6 +64,7 @@ def _compress(args: argparse.Namespace) -> int:
         **_how(args),
         config=args.config,
         num_heads=args.num_heads,
+        calibration=Calibration.load(args.calibration) if args.calibration else None,
         progress=sys.stderr.isatty() and not args.quiet,
         threads=args.threads,
     )
@@ -237,6 +239,11 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--quiet", action="store_true", help="no progress and no report")
     compress.add_argument(
         "--config", metavar="PATH", help="the model's config.json (default: the one beside SRC)"
+    )
+    compress.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="statistics to fit to, as Calibration.save writes them",
     )
     compress.add_argument(
         "--num-heads", type=int, metavar="N", help="query heads, where there is no configuration"

@@ -96,6 +96,27 @@ def test_compress_reads_the_configuration(capsys, dense, tmp_path):
     assert values["heads"]["heads"] == 6 and values["heads"]["source"] == "config"
 
 
+def test_compress_with_a_calibration(capsys, dense, tmp_path):
+    calibration = foldprune.Calibration()
+    rng = np.random.default_rng(0)
+    for name, array in load_file(dense).items():
+        if array.ndim == 2:
+            x = rng.standard_normal((8, 32, array.shape[1])) * np.geomspace(0.1, 3, array.shape[1])
+            calibration.update(name, x.astype(np.float32))
+    saved, out = tmp_path / "calibration.safetensors", tmp_path / "out.safetensors"
+    calibration.save(saved)
+    recipe = foldprune.Recipe(fpp=0.5, fpp_on="feed_forward")
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    argv = ["compress", dense, out, "--recipe", tmp_path / "recipe.json", *HEADS]
+    code, values, _ = run_json(capsys, *argv, "--calibration", saved)
+    want = foldprune.compress(dense, recipe=recipe, num_heads=4, calibration=calibration)
+    assert code == 0 and values["tensors"] == want.report.to_dict()["tensors"]
+    for name, array in foldprune.load(out).state_dict("numpy").items():
+        assert reference.same_bytes(array, np.asarray(want[name]))
+    assert "calibration.safetensors" in fails(capsys, *argv, "--calibration", f"{saved}.gone")
+    assert "dense.safetensors" in fails(capsys, *argv, "--calibration", dense)
+
+
 def test_compress_into_shards(capsys, dense, tmp_path):
     folder = tmp_path / "shards"
     code, _, _ = run(capsys, "compress", dense, folder, "--max-shard-bytes", 20_000, *HEADS)
