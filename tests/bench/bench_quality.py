@@ -1,7 +1,7 @@
 """Quality and time of calibrated compression, side by side with other methods on the same
 calibration data.
 
-    python tests/bench/bench_quality.py [perplexity time irc rope knob] [--log results.jsonl]
+    python tests/bench/bench_quality.py [perplexity time irc rope knob-lm knob-encoder] [--log results.jsonl]
 
 Without sections all are run. With --log every finished configuration is a line of that file and is
 not computed again (after a change to the code, delete the lines that it touches). Tables go to
@@ -47,6 +47,7 @@ TIMED_RATE, TIMED_RUNS = 0.7, 3
 TEST_SENTENCES = 256
 IRC_RANKS = (24, 16, 8, 4, 1)
 ROPE_PLANES = 16
+BLOCK_RATES = (0.5, 0.6, 0.7)
 KNOB_RATES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
@@ -288,7 +289,7 @@ def perplexity(bench: Bench) -> None:
     )
     line("", "perplexity", "to SparseGPT", "zeros", "seconds")
     line("dense", result("dense", 0.0)["perplexity"])
-    for rate in bench.args.rates:
+    for rate in bench.args.rates or BLOCK_RATES:
         print(f"  -- {rate:.0%} --")
         reference = None
         for method in bench.args.methods:
@@ -436,31 +437,36 @@ def rope(bench: Bench) -> None:
 # ---- the one knob -------------------------------------------------------------------------------
 
 
-def knob(bench: Bench) -> None:
-    for name, subject, falls in (
-        ("SmolLM2-135M", bench.language_model, False),
-        ("MiniLM-L6", bench.encoder, True),
-    ):
-        print(f"\n{name}, one rate for the whole model, against uniform FPP of as many numbers")
-        columns = ("numbers removed", "bytes removed", "mean error", subject.metric)
-        line("", *columns, "uniform", "uniform bytes")
-        curve, uniform = [], []
-        for rate in KNOB_RATES:
-            ours, theirs = knob_results(bench, subject, rate)
-            curve.append(ours[subject.metric])
-            uniform.append(theirs[subject.metric])
-            line(
-                f"rate {rate}",
-                f"{ours['removed']:.2%}",
-                f"{ours['bytes_removed']:.2%}",
-                f"{ours['error']:.2e}",
-                curve[-1],
-                uniform[-1],
-                f"{theirs['bytes_removed']:.2%}",
-            )
-        line("monotone", "yes" if curve == sorted(curve, reverse=falls) else "NO")
-        pairs = list(zip(curve, uniform, strict=True))
-        line("better everywhere", "yes" if all((a > b) == falls for a, b in pairs) else "NO")
+def knob_lm(bench: Bench) -> None:
+    knob(bench, "SmolLM2-135M", bench.language_model, falls=False)
+
+
+def knob_encoder(bench: Bench) -> None:
+    knob(bench, "MiniLM-L6", bench.encoder, falls=True)
+
+
+def knob(bench: Bench, name: str, subject: Subject, falls: bool) -> None:
+    """``falls``: whether the metric falls as the model gets worse."""
+    print(f"\n{name}, one rate for the whole model, against uniform FPP of as many numbers")
+    columns = ("numbers removed", "bytes removed", "mean error", subject.metric)
+    line("", *columns, "uniform", "uniform bytes")
+    curve, uniform = [], []
+    for rate in bench.args.rates or KNOB_RATES:
+        ours, theirs = knob_results(bench, subject, rate)
+        curve.append(ours[subject.metric])
+        uniform.append(theirs[subject.metric])
+        line(
+            f"rate {rate}",
+            f"{ours['removed']:.2%}",
+            f"{ours['bytes_removed']:.2%}",
+            f"{ours['error']:.2e}",
+            curve[-1],
+            uniform[-1],
+            f"{theirs['bytes_removed']:.2%}",
+        )
+    line("monotone", "yes" if curve == sorted(curve, reverse=falls) else "NO")
+    pairs = list(zip(curve, uniform, strict=True))
+    line("better everywhere", "yes" if all((a > b) == falls for a, b in pairs) else "NO")
 
 
 def knob_results(bench: Bench, subject: Subject, rate: float) -> tuple[Result, Result]:
@@ -491,7 +497,14 @@ def knob_results(bench: Bench, subject: Subject, rate: float) -> tuple[Result, R
 
 # ---- the command --------------------------------------------------------------------------------
 
-SECTIONS = {"perplexity": perplexity, "time": times, "irc": irc, "rope": rope, "knob": knob}
+SECTIONS = {
+    "perplexity": perplexity,
+    "time": times,
+    "irc": irc,
+    "rope": rope,
+    "knob-lm": knob_lm,
+    "knob-encoder": knob_encoder,
+}
 
 
 def shape(text: str) -> tuple[int | None, int]:
@@ -508,7 +521,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=shape, default="64x512", help="to calibrate SmolLM2 on")
     parser.add_argument("--test", type=shape, default="20x512", help='its test tokens, or "all"')
     parser.add_argument("--sentences", type=int, default=2000, help="to calibrate MiniLM on")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.6, 0.7])
+    parser.add_argument("--rates", type=float, nargs="+", help="of perplexity and knob")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, help="only the first blocks of the models")
