@@ -1,12 +1,13 @@
 """Quality and time of calibrated compression, side by side with other methods on the same
 calibration data.
 
-    python tests/bench/bench_quality.py [perplexity time irc rope knob-lm knob-encoder] [--log results.jsonl]
+    python tests/bench/bench_quality.py [SECTION ...] [--log results.jsonl]
 
-Without sections all are run. With --log every finished configuration is a line of that file and is
-not computed again (after a change to the code, delete the lines that it touches). Tables go to
-standard output, progress to standard error. --layers 2 --tokens 4x128 --test 4x128 tries the bench
-itself. Needs the packages that tests/bench/models.py names.
+The sections are perplexity, time, irc, rope, knob-lm and knob-encoder; by default all are run. With
+--log every finished configuration is a line of that file and is not computed again (after a change
+to the code, delete the lines that it touches). Tables go to standard output, progress to standard
+error. --layers 2 --tokens 4x128 --test 4x128 tries the bench itself. Needs the packages that
+tests/bench/models.py names.
 """
 
 from __future__ import annotations
