@@ -76,12 +76,17 @@ def make_plan(job: Job, measured: Measured, rate: float, recipe: Recipe | None) 
 def _plan_recipe(job: Job, measured: Measured, recipe: Recipe) -> Plan:
     """The recipe, with the shares of tensors that compete in one scope settled by damage."""
     plan = Plan(scope="row" if recipe.fpp_scope == "row" else "tensor")
+    folded: set[str] = set()  # which will not be pruned
     for block in job.layout.attentions:
         if block.heads:
             if (irc := job.irc_of(block, recipe)) is not None:
                 plan.irc[block.name] = irc
+                if job.refusal(block, "irc", block.query, exact=irc[0] is None) is None:
+                    folded |= {block.query.weight, block.key.weight}
             if (dwc := job.dwc_of(block, recipe)) is not None:
                 plan.dwc[block.name] = dwc
+                if job.refusal(block, "dwc", block.value, exact=dwc[0] == "lossless") is None:
+                    folded.add(block.value.weight)
     together: dict[float, list[Target]] = {}
     for target in candidates(job):
         at = recipe.at(target.name)
@@ -93,7 +98,8 @@ def _plan_recipe(job: Job, measured: Measured, recipe: Recipe) -> Plan:
             granularity = Granularity("row" if embedding else "weight")
         plan.shares[target.name] = float(at.fpp)
         plan.granularities[target.name] = granularity
-        if recipe.fpp_scope == "global" and granularity.kind == "weight" and at.fpp:
+        competes = recipe.fpp_scope == "global" and target.name not in folded
+        if competes and granularity.kind == "weight" and at.fpp:
             together.setdefault(float(at.fpp), []).append(target)
     for rate, targets in together.items():
         if len(targets) > 1:

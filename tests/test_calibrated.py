@@ -375,6 +375,19 @@ def test_scopes(known):
     assert (removed["tensor"] == 0.5).all() and (removed["row"] == 0.5).all()
 
 
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_what_is_folded_takes_no_share_from_the_others(known, family):
+    model, calibration = known(family)
+    recipe = Recipe(fpp=0.5, fpp_on=("feed_forward", "qkv"), irc=4, dwc="pivot")
+    got = foldprune.compress(model, recipe=recipe, calibration=calibration, threads=1)
+    rows = [row for row in got.report.rows if "FPP" in row.method]
+    assert {row.group for row in rows} == (
+        {"feed_forward"} if family == "bert" else {"feed_forward", "qkv"}
+    )
+    numbers = sum(row.numbers for row in rows)
+    assert sum(row.stored for row in rows) == pytest.approx(0.5 * numbers, abs=len(rows))
+
+
 def test_overrides(known):
     model, calibration = known("llama-gqa")
     recipe = Recipe(
