@@ -12,7 +12,13 @@ from .job import Job
 from .options import Progress, reporter, resolve_threads
 from .recipe import Recipe
 
-__all__ = ["DEFAULT_RATE", "check_arguments", "check_calibration", "compress"]
+__all__ = [
+    "DEFAULT_RATE",
+    "check_arguments",
+    "check_calibration",
+    "compress",
+    "note_unused_rate",
+]
 
 DEFAULT_RATE = 0.3
 
@@ -78,8 +84,8 @@ def compress(
     recipe, rate = check_arguments(rate, recipe)
     with reporter(progress) as report:
         job = Job.begin(state_dict, recipe, config, num_heads, report, resolve_threads(threads))
-        if given is not None and rate not in (DEFAULT_RATE, given.fpp):
-            job.note(f"rate={rate:g} is not used: the recipe sets every method")
+        if given is not None:
+            note_unused_rate(job, rate, given)
         if calibration is not None:
             recipe = calibrated.run(job, calibration, rate, recipe)
         elif recipe is None:
@@ -101,6 +107,12 @@ def check_arguments(rate: Any, recipe: Any) -> tuple[Recipe | None, float]:
     if recipe is None and rate == 0:
         recipe = Recipe.lossless()
     return recipe, rate
+
+
+def note_unused_rate(job: Job, rate: float, recipe: Recipe) -> None:
+    """Says so where a rate was given beside a recipe that does something else."""
+    if rate not in (DEFAULT_RATE, recipe.fpp):
+        job.note(f"rate={rate:g} is not used: the recipe sets every method")
 
 
 def check_calibration(calibration: Any) -> None:

@@ -133,6 +133,18 @@ def test_after_folds_and_pruned_embeddings(make_model, family):
     assert checked == (6 if family == "llama-gqa" else 4)
 
 
+def test_an_output_embedding_of_its_own_is_fitted_last(make_model):
+    model, data = make_model("llama-gqa"), batches(count=4)
+    recipe = Recipe(fpp=0.5, fpp_on=("embedding", *BLOCKS), fpp_scope="tensor")
+    got = run(model, data, recipe=recipe, held_out=None)
+    x, x_before = (met_by(m, data)["lm_head.weight"] for m in (loaded(model, got), model))
+    w = model.lm_head.weight.detach().numpy()
+    assert (got["lm_head.weight"] == 0).sum() == w.size // 2
+    assert (
+        slope(w, got["lm_head.weight"], x) < 2e-3 < 0.01 < slope(w, got["lm_head.weight"], x_before)
+    )
+
+
 @pytest.mark.parametrize("family", ["bert", "llama-gqa"])
 def test_hidden_units(make_model, family):
     """Down is fitted to what all units gave, and up and gate lose their rows."""

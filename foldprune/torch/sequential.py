@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import calibrated
-from ..api import DEFAULT_RATE, check_arguments, check_calibration
+from ..api import DEFAULT_RATE, check_arguments, check_calibration, note_unused_rate
 from ..calibration import Calibration, layer_name
 from ..compressed import Compressed
 from ..errors import ModelError
@@ -48,9 +48,10 @@ def compress(
     The dense model is calibrated once, to learn what its loss sees (``foldprune.torch.calibrate``)
     and to spread ``rate``. Then every block is compressed in the order of the model: query, key and
     value, the output projection, the first feed-forward matrices, the last one, each fitted to the
-    inputs that the compressed model before it gives. In memory are the statistics of the model (16
-    d^2 bytes for each distinct input of d numbers) while the rate is spread, and then those of one
-    block, a copy of it, and the hidden states of all batches.
+    inputs that the compressed model before it gives; an output embedding of its own comes last. In
+    memory are the statistics of the model (16 d^2 bytes for each distinct input of d numbers) while
+    the rate is spread, and then those of one block, a copy of it, and the hidden states of all
+    batches.
 
     Parameters
     ----------
@@ -81,11 +82,14 @@ def compress(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     check_batches(batches)
+    given = recipe
     recipe, rate = check_arguments(rate, recipe)
     check_calibration(calibration)
     workers = resolve_threads(threads)
     values = list(batches)
     job = Job.begin(model, recipe, None, num_heads, _silent, workers)
+    if given is not None:
+        note_unused_rate(job, rate, given)
     if job.layout.schema is None:
         raise ModelError(
             f"{type(model).__name__}: the blocks of an unknown architecture cannot be run one by "
@@ -112,7 +116,9 @@ def compress(
             _stages(block, feed_forwards.get(block.name), plan) for block in job.layout.attentions
         ]
         inside = {name for of_block in stages for stage in of_block for name in stage.tensors}
-        calibrated.apply_tensors(job, measured, [n for n in job.arrays if n not in inside], plan)
+        outside = [name for name in plan.shares if name not in inside]
+        looked_up = [name for name in outside if measured.is_embedding(name)]
+        calibrated.apply_tensors(job, measured, looked_up, plan)
     job.progress = _silent
     gradients_alone = calibration.without_moments()
     del calibration, measured  # and with them all moments, unless the caller keeps them
@@ -121,6 +127,8 @@ def compress(
         for i, (block, of_block) in enumerate(zip(job.layout.attentions, stages, strict=True)):
             report(i, len(stages), block.name)
             runner.compress(i, block, of_block, plan, gradients_alone)
+        heads = [name for name in outside if name not in looked_up]
+        runner.compress_heads(heads, plan, gradients_alone)
         report(len(stages), len(stages), "")
     job.warn_refused()
     return job.finish(recipe or plan.recipe())
@@ -211,10 +219,11 @@ class _Runner:
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[_Call]] = []  # by batch, then block; or one for all blocks
         with _without_cache(model):
+            changed = self._changed()
             for batch in batches:
-                self._capture(batch)
+                self._capture(batch, changed)
 
-    def _capture(self, batch: Batch) -> None:
+    def _capture(self, batch: Batch, changed: dict[str, torch.Tensor]) -> None:
         """What the first block reads, after the embeddings were compressed, and what every block is
         called with."""
         calls: dict[str, _Call] = {}
@@ -231,24 +240,15 @@ class _Runner:
             if len(calls) == len(self.names):
                 raise _Stop
 
-        device = next(self.model.parameters()).device
-        changed = {
-            name: from_numpy(dense).to(device)
-            for name in self.job.arrays
-            if (dense := self.job.changed(name)) is not None
-        }
         handles = [
             self.model.get_submodule(name).register_forward_pre_hook(
                 partial(note, name), with_kwargs=True
             )
             for name in self.names
         ]
-        args, kwargs = batch.arguments
-        if "use_cache" in kwargs:
-            kwargs = {**kwargs, "use_cache": False}
         try:
             with naming(batch.index), suppress(_Stop):
-                torch.func.functional_call(self.model, changed, args, kwargs)
+                self._forward(batch, changed)
         finally:
             for handle in handles:
                 handle.remove()
@@ -260,6 +260,54 @@ class _Runner:
         in_order = list(calls.values())
         alike = all(call.same_as(in_order[0]) for call in in_order)
         self.calls.append(in_order[:1] if alike else in_order)
+
+    def _changed(self) -> dict[str, torch.Tensor]:
+        """What has been compressed so far, dense."""
+        device = next(self.model.parameters()).device
+        return {
+            name: from_numpy(dense).to(device)
+            for name in self.job.arrays
+            if (dense := self.job.changed(name)) is not None
+        }
+
+    def _forward(self, batch: Batch, changed: dict[str, torch.Tensor]) -> None:
+        """The whole model, with other weights in place of its own."""
+        args, kwargs = batch.arguments
+        if "use_cache" in kwargs:
+            kwargs = {**kwargs, "use_cache": False}
+        torch.func.functional_call(self.model, changed, args, kwargs)
+
+    def compress_heads(
+        self, names: Sequence[str], plan: calibrated.Plan, gradients: Calibration
+    ) -> None:
+        """Linear layers after the blocks."""
+        if not names:
+            return
+        job, calibration = self.job, gradients.without_moments()
+
+        def note(
+            layer: str, batch: Batch, _: torch.nn.Module, args: tuple[torch.Tensor, ...]
+        ) -> None:
+            x, mask = as_tokens(batch, layer, args[0])
+            calibration.update(layer, x, mask, threads=job.threads)
+
+        layers, changed = [layer_name(name) for name in names], self._changed()
+        with _without_cache(self.model):
+            for batch in self.batches:
+                handles = [
+                    self.model.get_submodule(layer).register_forward_pre_hook(
+                        partial(note, layer, batch)
+                    )
+                    for layer in layers
+                ]
+                try:
+                    with naming(batch.index):
+                        self._forward(batch, changed)
+                finally:
+                    for handle in handles:
+                        handle.remove()
+        measured = Measured(job.arrays, job.checkpoint.tied, job.layout, calibration, job.threads)
+        calibrated.apply_tensors(job, measured, names, plan)
 
     def compress(
         self,
