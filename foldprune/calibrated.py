@@ -141,7 +141,7 @@ def parts(job: Job, measured: Measured) -> list[list[list[Unit]]]:
     units = {}
     for target in candidates(job):
         units[target.name] = measured.fpp_unit(target)
-        job.progress(job.done, len(job.arrays), f"measuring {target.name}")
+        job.step(target.name)
     out: list[list[list[Unit]]] = []
     for block in job.layout.attentions:
         query_key = [block.query.weight, block.key.weight]
