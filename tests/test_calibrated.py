@@ -611,7 +611,7 @@ def test_arguments_of_other_kinds(known, tmp_path):
     model, calibration = known("bert")
     for wrong in ("calibration.safetensors", {}, calibration.moments("cls.predictions.decoder")):
         for call in (foldprune.compress, foldprune.sensitivity):
-            with pytest.raises(TypeError, match="calibration: expected a foldprune.Calibration"):
+            with pytest.raises(TypeError, match=r"calibration: expected a foldprune\.Calibration"):
                 call(model, calibration=wrong)
 
 
