@@ -263,7 +263,7 @@ fp_status fp_square_sums(const fp_matrix *x, const double *weights, double *squa
 fp_status fp_count_rows(const int64_t *ids, size_t n, const double *weights, double *counts,
                         size_t rows, double *weight);
 
-/* ---- FPP with update (methods/obs.c, refit.c, damage.c) -------------------- *
+/* ---- FPP with update (methods/obs_factor.c, obs.c, refit.c, damage.c) ------ *
  * A matrix W (rows x cols) is judged by the second moment of its inputs: replacing a row w by w'
  * costs (w' - w) H (w' - w)^T, H = C + damping I, symmetric, float64, row-major. */
 

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "matrix.h"
+#include "work.h"
 
 static const double ONE = 1.0, ZERO = 0.0;
 
@@ -118,41 +119,33 @@ static fp_status check_heads(const fp_heads *h)
     return FP_OK;
 }
 
-/* Gives out pieces of a buffer, or with base NULL only adds up their sizes. */
-static void *take(char *base, size_t *used, size_t items, size_t size)
-{
-    void *piece = base ? base + *used : NULL;
-    *used += (items * size + 63) / 64 * 64;
-    return piece;
-}
-
 static fp_fold_buffers lay_out(const fp_fold_dims *m, char *base, size_t *bytes)
 {
     size_t h = (size_t)m->h, N = (size_t)m->N, d = (size_t)m->d, de = (size_t)m->de, used = 0;
     size_t item = sizeof(double), most = h > d ? h : d;
     fp_fold_buffers w;
-    w.left = take(base, &used, h * N, item);
-    w.right = take(base, &used, h * de, item);
-    w.qr = take(base, &used, h * N, item);
-    w.r_left = take(base, &used, h * h, item);
-    w.seen = take(base, &used, h * d, item);
-    w.x = take(base, &used, h * de, item);
-    w.white = take(base, &used, h * d, item);
-    w.y = take(base, &used, h * de, item);
-    w.rest = take(base, &used, h * d, item);
-    w.u = take(base, &used, h * h, item);
-    w.vt = take(base, &used, h * d, item);
-    w.s = take(base, &used, h, item);
-    w.tau = take(base, &used, most, item);
-    w.basis = take(base, &used, h * h, item);
-    w.mix = take(base, &used, h * h, item);
-    w.fitted = take(base, &used, h * h, item);
-    w.panel = take(base, &used, most * h, item);
-    w.target = take(base, &used, most * (h + 1), item);
-    w.lapack = take(base, &used, (size_t)m->lapack_work, item);
-    w.pivots = take(base, &used, d, sizeof(int32_t));
+    w.left = fp_take(base, &used, h * N, item);
+    w.right = fp_take(base, &used, h * de, item);
+    w.qr = fp_take(base, &used, h * N, item);
+    w.r_left = fp_take(base, &used, h * h, item);
+    w.seen = fp_take(base, &used, h * d, item);
+    w.x = fp_take(base, &used, h * de, item);
+    w.white = fp_take(base, &used, h * d, item);
+    w.y = fp_take(base, &used, h * de, item);
+    w.rest = fp_take(base, &used, h * d, item);
+    w.u = fp_take(base, &used, h * h, item);
+    w.vt = fp_take(base, &used, h * d, item);
+    w.s = fp_take(base, &used, h, item);
+    w.tau = fp_take(base, &used, most, item);
+    w.basis = fp_take(base, &used, h * h, item);
+    w.mix = fp_take(base, &used, h * h, item);
+    w.fitted = fp_take(base, &used, h * h, item);
+    w.panel = fp_take(base, &used, most * h, item);
+    w.target = fp_take(base, &used, most * (h + 1), item);
+    w.lapack = fp_take(base, &used, (size_t)m->lapack_work, item);
+    w.pivots = fp_take(base, &used, d, sizeof(int32_t));
     /* dgesdd wants 8 min(rows, cols), dgelsd at most min x (3 log2(min) + 11) */
-    w.ints = take(base, &used, h * 128, sizeof(int32_t));
+    w.ints = fp_take(base, &used, h * 128, sizeof(int32_t));
     *bytes = used;
     return w;
 }
