@@ -18,7 +18,7 @@ import numpy as np
 from .encodings import Array
 from .errors import RateError
 
-__all__ = ["TOLERANCE", "Taken", "Unit", "allocate"]
+__all__ = ["TOLERANCE", "Taken", "Unit", "above", "allocate"]
 
 TOLERANCE = 0.005  # how far the reached rate may be from the asked one
 _ROUNDS = 100  # halvings of the price's range
@@ -50,6 +50,11 @@ class Unit:
     damage: Array
     smooth: bool = False
 
+    @property
+    def block(self) -> str:
+        """The block of a head's unit, which is called "block:head"."""
+        return self.name.rpartition(":")[0]
+
     @cached_property
     def hull(self) -> list[int]:
         """Steps on the lower convex hull, from the first."""
@@ -61,7 +66,7 @@ class Unit:
                     hull.pop()
                 else:
                     continue
-            while len(hull) > 1 and _above(points[hull[-2]], points[hull[-1]], points[i]):
+            while len(hull) > 1 and above(points[hull[-2]], points[hull[-1]], points[i]):
                 hull.pop()
             hull.append(i)
         return hull
@@ -220,9 +225,7 @@ def _meet(chosen: list[list[Taken]], target: float) -> list[list[Taken]]:
     return chosen
 
 
-def _above(
-    first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]
-) -> bool:
-    """Whether the middle point lies on or above the line from first to last."""
+def above(first: tuple[float, ...], middle: tuple[float, ...], last: tuple[float, ...]) -> bool:
+    """Whether the middle point (x, y, ...) lies on or above the line from first to last."""
     run, rise = last[0] - first[0], last[1] - first[1]
     return (middle[1] - first[1]) * run >= rise * (middle[0] - first[0])

@@ -16,7 +16,7 @@ from .encodings import Array
 from .fit import fit, fit_neurons
 from .job import Job
 from .measured import Measured
-from .prune import Pruned, Target, encode
+from .prune import Pruned, Target, encode, mask_lowest
 from .recipe import GROUPS, Granularity, Recipe
 from .schemas.layout import AttentionBlock, FeedForwardBlock
 from .tensors import is_weight_dtype
@@ -122,8 +122,7 @@ def _plan_rate(job: Job, measured: Measured, rate: float) -> Plan:
                 if taken.setting > 0:
                     plan.shares[taken.unit.name] = taken.setting
             else:
-                name = taken.unit.name.rpartition(":")[0]
-                folds.setdefault((name, taken.unit.method), []).append(taken)
+                folds.setdefault((taken.unit.block, taken.unit.method), []).append(taken)
     for (name, method), taken_by_head in folds.items():
         block = by_name[name]
         ranks = np.array([round(taken.setting) for taken in taken_by_head])
@@ -247,8 +246,8 @@ def apply_tensors(job: Job, measured: Measured, names: Iterable[str], plan: Plan
             continue
         granularity, share = plan.granularities[name], plan.shares[name]
         if granularity.kind == "neuron":
-            names = job.neuron_members(hidden[name], wanted)
-            members = {t.name: t for n in names if (t := job.target(n)) is not None}
+            together = job.neuron_members(hidden[name], wanted)
+            members = {t.name: t for n in together if (t := job.target(n)) is not None}
             pruned = _fit_neurons(measured, hidden[name], members, share)
         elif (target := job.target(name)) is None:
             continue
@@ -287,20 +286,16 @@ def _prune_embedding(
     threads = measured.threads
     scores = measured.embedding_scores(target)
     block = (1, 1)
-    if granularity.kind in ("block", "row"):
-        block = (
-            (granularity.a, granularity.b) if granularity.kind == "block" else (1, scores.shape[1])
-        )
     if granularity.kind == "nm":
         mask = _core.mask_nm((scores, 1.0, None), granularity.a, granularity.b, threads)
     elif granularity.kind == "weight" and scope == "row":
         mask = _core.mask_rows((scores, 1.0, None), round(share * scores.shape[1]), threads)
+    elif granularity.kind == "weight":
+        mask = mask_lowest(scores, share, threads)
     else:
-        grid = scores
-        if block != (1, 1):
-            grid = _core.block_scores((scores, 1.0, None), *block, threads)
-        threshold, ties = _core.select([(grid, 1.0, None)], round(share * grid.size), threads)
-        mask, _ = _core.mask_threshold((grid, 1.0, None), threshold, ties, threads)
+        block = granularity.block(scores.shape[1])
+        grid = _core.block_scores((scores, 1.0, None), *block, threads)
+        mask = mask_lowest(grid, share, threads)
     pruned = encode(target, mask, block, threads)
     kept = pruned.encoding.unpack(threads)
     lost = np.where((kept.T if target.transposed else kept) == 0, scores, 0.0)

@@ -16,7 +16,7 @@ from . import _core
 from .calibration import Moments
 from .encodings import Array
 from .errors import TensorError
-from .prune import Pruned, Target, encode
+from .prune import Pruned, Target, encode, mask_lowest
 from .recipe import Granularity
 
 __all__ = ["Gram", "fit", "fit_neurons", "row_damage", "sweep"]
@@ -145,17 +145,14 @@ def fit(
             mask = sweep(matrix, gram, share, row_weight)[0]
         return _finish(target, gram, mask, (1, 1), 0)
     weight = np.ones(len(matrix)) if row_weight is None else row_weight
+    block = granularity.block(matrix.shape[1])
     if granularity.kind == "row":  # nothing makes up for an output
-        block = (1, matrix.shape[1])
         energy = row_damage(matrix, np.zeros_like(matrix), gram)[1]
         grid = np.sqrt(weight * energy)[:, None].astype(np.float32)
     else:
-        block = (granularity.a, granularity.b)
         weighed = np.sqrt(weight)[:, None].astype(np.float32) * matrix.astype(np.float32)
         grid = _core.block_scores((weighed, 1.0, gram.col_scale), *block, threads)
-    threshold, ties = _core.select([(grid, 1.0, None)], round(share * grid.size), threads)
-    mask, _ = _core.mask_threshold((grid, 1.0, None), threshold, ties, threads)
-    return _finish(target, gram, mask, block)
+    return _finish(target, gram, mask_lowest(grid, share, threads), block)
 
 
 def _search(matrix: Array, gram: Gram, rule: str, amount: int | tuple[int, int]) -> Array:

@@ -76,10 +76,7 @@ class Measured:
 
     def _is_output(self, layer: str) -> bool:
         """An output embedding that a checkpoint leaves out, as it is tied."""
-        return bool(self.layout.output_embeddings) and layer.rpartition(".")[2] in (
-            "lm_head",
-            "decoder",
-        )
+        return bool(self.layout.output_embeddings) and self.layout.names_output(f"{layer}.weight")
 
     def _layers(self, name: str) -> list[str]:
         """The layers that use a tensor: its own and those tied to it."""
@@ -215,8 +212,8 @@ class Measured:
             points = []
             for share in _MEASURED_SHARES:
                 _, swept = sweep(target.matrix, gram, share, weight)
-                points.append(float(weight @ row_damage(target.matrix, swept, gram)[0]))
-            whole = row_damage(target.matrix, np.zeros_like(target.matrix), gram)[1]
+                lost, whole = row_damage(target.matrix, swept, gram)
+                points.append(float(weight @ lost))
             damage = _interpolate([*points, float(weight @ whole)])
         return Unit(target.name, "FPP", SHARES, SHARES * size, damage, smooth=True)
 

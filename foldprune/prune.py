@@ -11,7 +11,16 @@ from . import _core
 from .encodings import Array, Dense, Encoding, Packed, nbytes
 from .recipe import Granularity
 
-__all__ = ["Pruned", "Target", "encode", "energy", "prune", "prune_below", "prune_neurons"]
+__all__ = [
+    "Pruned",
+    "Target",
+    "encode",
+    "energy",
+    "mask_lowest",
+    "prune",
+    "prune_below",
+    "prune_neurons",
+]
 
 
 @dataclass
@@ -102,12 +111,7 @@ def _prune_together(
     if granularity.kind == "weight":
         total = sum(target.matrix.size for target in targets)
         return prune_below(targets, round(rate * total), threads, done)
-    blocks = [
-        (granularity.a, granularity.b)
-        if granularity.kind == "block"
-        else (1, target.matrix.shape[1])
-        for target in targets
-    ]
+    blocks = [granularity.block(target.matrix.shape[1]) for target in targets]
     grids = [
         _core.block_scores(target.scored, block[0], block[1], threads)
         for target, block in zip(targets, blocks, strict=True)
@@ -144,12 +148,17 @@ def prune_neurons(
     """
     rows = [target for target in (up, gate) if target is not None]
     score = _norms(down, 0, threads) * np.prod([_norms(t, 1, threads) for t in rows], axis=0)
-    scored = (np.ascontiguousarray(score, np.float32), 1.0, None)
-    threshold, ties = _core.select([scored], round(rate * score.size), threads)
-    mask, _ = _core.mask_threshold(scored, threshold, ties, threads)
+    mask = mask_lowest(np.ascontiguousarray(score, np.float32), rate, threads)
     out = {t.name: encode(t, mask, (1, t.matrix.shape[1]), threads) for t in rows}
     out[down.name] = encode(down, mask, (down.matrix.shape[0], 1), threads)
     return out
+
+
+def mask_lowest(scores: Array, share: float, threads: int) -> Array:
+    """Bit mask over the scores that removes the lowest ``share`` of them."""
+    scored = (scores, 1.0, None)
+    threshold, ties = _core.select([scored], round(share * scores.size), threads)
+    return _core.mask_threshold(scored, threshold, ties, threads)[0]
 
 
 def _norms(target: Target, axis: int, threads: int) -> Array:

@@ -34,6 +34,10 @@ class Granularity:
             return f"{self.a}:{self.b}"
         return f"{self.a}x{self.b}" if self.kind == "block" else self.kind
 
+    def block(self, cols: int) -> tuple[int, int]:
+        """Rows and columns of what leaves together, of a matrix with ``cols`` columns."""
+        return (1, cols) if self.kind == "row" else (self.a, self.b)
+
     @classmethod
     def parse(cls, text: str) -> Granularity:
         if text in ("weight", "neuron", "row"):

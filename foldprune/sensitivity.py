@@ -132,7 +132,7 @@ def sensitivity(
         if unit.method == "FPP":
             numbers = job.arrays[unit.name].size
         else:
-            block = blocks[unit.name.rpartition(":")[0]]
+            block = blocks[unit.block]
             matrices = (block.query, block.key) if unit.method == "IRC" else (block.value,)
             numbers = sum(m.rows * (m.cols + (m.bias is not None)) for m in matrices)
             numbers //= block.groups

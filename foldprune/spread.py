@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .allocate import TOLERANCE, above
 from .attention import Curve
 from .encodings import Array
 from .errors import RateError
 
-__all__ = ["TOLERANCE", "Choice", "Option", "choose", "fill"]
-
-TOLERANCE = 0.005  # how far the reached rate may be from the asked one
+__all__ = ["Choice", "Option", "choose", "fill"]
 
 
 @dataclass
@@ -131,21 +130,13 @@ def _steps(option: Option) -> list[_Step]:
         ):
             if x <= points[-1][0]:
                 continue
-            while len(points) > 1 and _above(points[-2], points[-1], (x, y)):
+            while len(points) > 1 and above(points[-2], points[-1], (x, y)):
                 points.pop()
             points.append((x, y, rank))
         for before, after in itertools.pairwise(points):
             size = int(after[0] - before[0])
             steps.append(_Step((after[1] - before[1]) / size, size, option, group, after[2]))
     return steps
-
-
-def _above(
-    first: tuple[float, float, int], middle: tuple[float, float, int], last: tuple[float, float]
-) -> bool:
-    """Whether the middle point lies on or above the line from first to last."""
-    run, rise = last[0] - first[0], last[1] - first[1]
-    return (middle[1] - first[1]) * run >= rise * (middle[0] - first[0])
 
 
 def _take(steps: Sequence[_Step]) -> None:

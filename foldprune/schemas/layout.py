@@ -89,7 +89,8 @@ class FeedForwardBlock:
 class Layout:
     """What every tensor of a state dict is. ``groups``: name to "embedding", "feed_forward",
     "attention_output", "qkv" or "other"; ``transposed``: weights stored (in x out);
-    ``output_embeddings``: what the logits come from."""
+    ``output_embeddings``: what the logits come from, ``output_patterns``: how the schema calls
+    them."""
 
     schema: str | None
     attentions: list[AttentionBlock]
@@ -99,6 +100,11 @@ class Layout:
     notes: list[str]
     head_source: str = ""
     output_embeddings: set[str] = field(default_factory=set)
+    output_patterns: tuple[str, ...] = ()
+
+    def names_output(self, name: str) -> bool:
+        """Whether a tensor of this name, in the checkpoint or not, would give the logits."""
+        return _ends_with(self.output_patterns, name)
 
 
 def find_layout(
@@ -117,6 +123,7 @@ def find_layout(
     finder = _Finder(arrays, schema)
     layout = finder.find()
     layout.output_embeddings = finder.output_embeddings(tied or {})
+    layout.output_patterns = schema.output_embeddings
     _set_heads(layout, schema, config, num_heads, need_heads)
     for key, (fine, methods, reason) in schema.refuses.items():
         value = (config or {}).get(key)
@@ -354,11 +361,11 @@ class _Finder:
     def _find_outside(self, layout: Layout) -> None:
         unmatched = []
         for name in self.outside:
-            if self._ends_with(self.schema.embeddings, name):
+            if _ends_with(self.schema.embeddings, name):
                 layout.groups[name] = "embedding"
             else:
                 layout.groups[name] = "other"
-                if not self._ends_with(self.schema.dense, name):
+                if not _ends_with(self.schema.dense, name):
                     unmatched.append(name)
         if unmatched:
             message = (
@@ -373,16 +380,16 @@ class _Finder:
         found = {
             tied.get(name, name)
             for name in (*self.outside, *tied)
-            if self._ends_with(self.schema.output_embeddings, name)
+            if _ends_with(self.schema.output_embeddings, name)
         }
         shared = self.schema.shared_embedding
         if not found and shared is not None:
-            found = {name for name in self.outside if self._ends_with((shared,), name)}
+            found = {name for name in self.outside if _ends_with((shared,), name)}
         return found
 
-    @staticmethod
-    def _ends_with(patterns: Sequence[str], name: str) -> bool:
-        return any(re.search(r"(^|\.)" + pattern + "$", name) for pattern in patterns)
+
+def _ends_with(patterns: Sequence[str], name: str) -> bool:
+    return any(re.search(r"(^|\.)" + pattern + "$", name) for pattern in patterns)
 
 
 def _any_match(patterns: Sequence[str], name: str) -> bool:

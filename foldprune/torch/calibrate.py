@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..options import Progress, reporter, resolve_threads
 from .batches import Batch, naming
 
-__all__ = ["Loss", "as_tokens", "calibrate", "check_batches", "prepared"]
+__all__ = ["Loss", "as_tokens", "calibrate", "check_batches", "prepared", "reading"]
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 
@@ -316,14 +316,14 @@ class _Collector:
     ) -> None:
         """Runs the model; each named layer's action is called with its name and input."""
         modules = {**self.linear, **self.embeddings}
-        with ExitStack() as stack:
-            for name, action in actions.items():
-                hook = partial(_call_with_input, partial(action, name))
-                handle = modules[name].register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
-            args, kwargs = batch.arguments
-            with naming(batch.index), torch.no_grad():
-                self.model(*args, **kwargs)
+        layers = {name: modules[name] for name in actions}
+        args, kwargs = batch.arguments
+
+        def act(name: str, x: torch.Tensor) -> None:
+            actions[name](name, x)
+
+        with reading(layers, act), naming(batch.index), torch.no_grad():
+            self.model(*args, **kwargs)
 
     # ---- gradients ------------------------------------------------------------------------------
 
@@ -407,6 +407,19 @@ def as_tokens(batch: Batch, name: str, x: torch.Tensor) -> tuple[torch.Tensor, t
     """A layer's rows by sequence and token where they are the batch's, and their mask."""
     stream = batch.tokens(name, x.shape[:-1])
     return x.reshape(*stream.shape, x.shape[-1]), stream.mask
+
+
+@contextmanager
+def reading(
+    layers: Mapping[str, torch.nn.Module], action: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """While it is open, ``action`` is called with the name and the input of each layer that
+    runs."""
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            hook = partial(_call_with_input, partial(action, name))
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 def _call_with_input(

@@ -23,7 +23,7 @@ from ..options import Progress, reporter, resolve_threads
 from ..recipe import Recipe
 from ..schemas.layout import AttentionBlock, FeedForwardBlock
 from .batches import Batch, naming
-from .calibrate import Loss, as_tokens, calibrate, check_batches, prepared
+from .calibrate import Loss, as_tokens, calibrate, check_batches, prepared, reading
 from .tensors import from_numpy
 
 __all__ = ["compress"]
@@ -284,28 +284,13 @@ class _Runner:
         if not names:
             return
         job, calibration = self.job, gradients.without_moments()
-
-        def note(
-            layer: str, batch: Batch, _: torch.nn.Module, args: tuple[torch.Tensor, ...]
-        ) -> None:
-            x, mask = as_tokens(batch, layer, args[0])
-            calibration.update(layer, x, mask, threads=job.threads)
-
-        layers, changed = [layer_name(name) for name in names], self._changed()
+        layers = {layer: self.model.get_submodule(layer) for layer in map(layer_name, names)}
+        changed = self._changed()
         with _without_cache(self.model):
             for batch in self.batches:
-                handles = [
-                    self.model.get_submodule(layer).register_forward_pre_hook(
-                        partial(note, layer, batch)
-                    )
-                    for layer in layers
-                ]
-                try:
-                    with naming(batch.index):
-                        self._forward(batch, changed)
-                finally:
-                    for handle in handles:
-                        handle.remove()
+                count = partial(self._count, calibration, batch)
+                with reading(layers, count), naming(batch.index):
+                    self._forward(batch, changed)
         measured = Measured(job.arrays, job.checkpoint.tied, job.layout, calibration, job.threads)
         calibrated.apply_tensors(job, measured, names, plan)
 
@@ -344,6 +329,10 @@ class _Runner:
         assert isinstance(hidden, torch.Tensor)
         return hidden
 
+    def _count(self, calibration: Calibration, batch: Batch, layer: str, x: torch.Tensor) -> None:
+        x, mask = as_tokens(batch, layer, x)
+        calibration.update(layer, x, mask, threads=self.job.threads)
+
     def _calibrate(
         self,
         index: int,
@@ -353,20 +342,15 @@ class _Runner:
         calibration: Calibration,
     ) -> None:
         layer = layer_name(stage.reads)
-        reader = module.get_submodule(layer.removeprefix(f"{prefix}."))
+        reader = {layer: module.get_submodule(layer.removeprefix(f"{prefix}."))}
         for i, batch in enumerate(self.batches):
 
-            def note(_: torch.nn.Module, args: tuple[Any, ...], batch: Batch = batch) -> None:
-                x, mask = as_tokens(batch, layer, args[0])
-                calibration.update(layer, x, mask, threads=self.job.threads)
+            def count(name: str, x: torch.Tensor, batch: Batch = batch) -> None:
+                self._count(calibration, batch, name, x)
                 raise _Stop
 
-            handle = reader.register_forward_pre_hook(note)
-            try:
-                with naming(batch.index), suppress(_Stop):
-                    self._block(index, i, module)
-            finally:
-                handle.remove()
+            with reading(reader, count), naming(batch.index), suppress(_Stop):
+                self._block(index, i, module)
         for name in stage.sharing:
             calibration.share(name, layer)
 
