@@ -26,6 +26,7 @@ from .errors import (
     TensorTypeError,
     UnmatchedTensorWarning,
 )
+from .packed import Packed, pack, packed_matmul
 from .recipe import Recipe
 from .report import Report, Row, Total
 from .sensitivity import Point, Sensitivity, sensitivity
@@ -41,6 +42,7 @@ __all__ = [
     "HeadSizeWarning",
     "ModelError",
     "Moments",
+    "Packed",
     "Point",
     "RateError",
     "Recipe",
@@ -54,6 +56,8 @@ __all__ = [
     "Verification",
     "compress",
     "load",
+    "pack",
+    "packed_matmul",
     "schemas",
     "sensitivity",
     "verify",

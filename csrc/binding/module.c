@@ -58,6 +58,17 @@ static PyMethodDef methods[] = {
     METHOD(refit),
     METHOD(swap),
     METHOD(damage),
+    METHOD(packed_mask),
+    METHOD(packed_offsets),
+    METHOD(packed_fill),
+    METHOD(packed_quantise),
+    METHOD(packed_unpack),
+    METHOD(packed_lookup),
+    METHOD(packed_lookup_gradient),
+    METHOD(matmul),
+    METHOD(matmul_backward),
+    METHOD(matmul_gradient),
+    METHOD(matmul_choice),
     {NULL, NULL, 0, NULL},
 };
 

@@ -40,6 +40,8 @@ struct fp_kernels {
 
     /* Of the elements whose |s[i]| has `high` in bits 30..16, histogram[bits 15..0] += 1. */
     void (*histogram_low)(const float *s, size_t n, uint32_t high, uint32_t *histogram);
+
+    const struct fp_matmul_kernels *matmul; /* matmul.h */
 };
 
 extern const fp_kernels fp_kernels_scalar;

@@ -11,7 +11,7 @@
 
 #include <string.h>
 
-#include "kernels.h"
+#include "matmul.h"
 #include "target.h"
 
 #define FP_DEFINE_SCORE_LOOPS(isa, halves, block)                                                  \
@@ -62,6 +62,7 @@
         .half_to_float = half_to_float,                                                            \
         .mask_above = mask_above,                                                                  \
         .histogram_low = histogram_low,                                                            \
+        .matmul = &fp_matmul_##isa,                                                                \
     };
 
 #endif
