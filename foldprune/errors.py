@@ -8,7 +8,9 @@ __all__ = [
     "FoldpruneWarning",
     "FormatError",
     "HeadSizeWarning",
+    "LoadedDenseWarning",
     "ModelError",
+    "ModuleError",
     "RateError",
     "TensorError",
     "TensorTypeError",
@@ -32,6 +34,11 @@ class ModelError(FoldpruneError, ValueError):
     """The model is unknown, incomplete, or contradicts its configuration."""
 
 
+class ModuleError(FoldpruneError, RuntimeError):
+    """A torch module or operator was given a tensor that does not fit it: what torch itself raises
+    a RuntimeError for."""
+
+
 class RateError(FoldpruneError, ValueError):
     """The asked rate cannot be reached; the message says which is the largest that can."""
 
@@ -50,6 +57,10 @@ class FoldRefusedWarning(FoldpruneWarning):
 
 class HeadSizeWarning(FoldpruneWarning):
     """The head size was assumed, not known."""
+
+
+class LoadedDenseWarning(FoldpruneWarning):
+    """A compressed tensor has no form to run in where the model uses it, and was unpacked."""
 
 
 class UnmatchedTensorWarning(FoldpruneWarning):
