@@ -141,7 +141,7 @@ def pack(w: Array, mask: Array | None = None, dtype: Any = None) -> Packed:
         raise TensorTypeError(
             f"w: expected float32, float64, float16 or bfloat16 of native byte order, got {w.dtype}"
         )
-    stored = _value_dtype(w.dtype if dtype is None else dtype)
+    stored = value_dtype(w.dtype if dtype is None else dtype)
     threads = resolve_threads(None)
     w = np.ascontiguousarray(w)
     if not _core.all_finite(w, threads):
@@ -173,7 +173,8 @@ def pack(w: Array, mask: Array | None = None, dtype: Any = None) -> Packed:
     return Packed((rows, cols), words, values, scale)
 
 
-def _value_dtype(dtype: Any) -> np.dtype[Any]:
+def value_dtype(dtype: Any) -> np.dtype[Any]:
+    """A dtype of packed values by its name. TensorTypeError if it is none."""
     try:
         found = np.dtype(bfloat16 if dtype == "bfloat16" else dtype)
     except TypeError:

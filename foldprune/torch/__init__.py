@@ -1,15 +1,20 @@
 """PyTorch adapters. Importing this package imports torch; ``import foldprune`` does not."""
 
+from .attention import FoldedAttention
 from .calibrate import calibrate
+from .convert import convert, to_compressed
 from .modules import PackedEmbedding, PackedLinear
 from .sequential import compress
 from .tensors import from_numpy, to_numpy
 
 __all__ = [
+    "FoldedAttention",
     "PackedEmbedding",
     "PackedLinear",
     "calibrate",
     "compress",
+    "convert",
     "from_numpy",
+    "to_compressed",
     "to_numpy",
 ]

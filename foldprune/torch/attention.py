@@ -1,0 +1,203 @@
+"""``FoldedAttention``: a transformers self-attention module that computes in folded sizes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..encodings import Dense, Encoding, Fused
+from .families import Family
+from .folded import FoldedHeads, FoldedValue, NoRuntimeForm
+from .modules import PackedLinear
+from .tensors import to_numpy
+
+__all__ = ["FoldedAttention"]
+
+
+class FoldedAttention(nn.Module):
+    """Self-attention whose queries and keys have the folded rank, and whose values read
+    coordinates of the block's input.
+
+    Made by ``foldprune.torch.convert`` in place of a transformers attention module, and called as
+    that is. Queries and keys of heads with fewer rows, or fewer planes under rotary embedding, are
+    filled up with zeros to the largest of the block; the key/value cache holds the folded ones.
+    The softmax is scaled as before. It goes through the attention function that the model is
+    configured for ("sdpa", "eager").
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        family: Family,
+        projections: Mapping[str, nn.Module],
+        heads: int,
+        groups: int,
+        head_dim: int,
+    ) -> None:
+        super().__init__()
+        self.family = family
+        self.config: Any = module.config
+        self.layer_idx: Any = getattr(module, "layer_idx", None)
+        self.is_causal = bool(getattr(module, "is_causal", True))
+        self.heads, self.groups, self.head_dim = heads, groups, head_dim
+        self.num_key_value_groups = heads // groups
+        self.scaling = float(getattr(module, "scaling", head_dim**-0.5))
+        window = getattr(module, "sliding_window", getattr(self.config, "sliding_window", None))
+        self.sliding_window: int | None = window
+        self._implementation = type(module).__module__
+        for role, name in family.roles.items():
+            self.add_module(name, projections[role])
+        for name in (*(family.norms or ()), family.output, family.dropout, family.output_dropout):
+            child = getattr(module, name, None) if name else None
+            if name and isinstance(child, nn.Module):
+                self.add_module(name, child)
+        dropout = getattr(module, family.dropout)
+        self._dropout = float(getattr(dropout, "p", dropout))
+        self._check()
+        self.train(module.training)
+
+    def _check(self) -> None:
+        """Query and key keep the same of every head."""
+        query, key = getattr(self, self.family.query), getattr(self, self.family.key)
+        per_group = self.heads // self.groups
+        if isinstance(query, FoldedHeads) and isinstance(key, FoldedHeads):
+            if query.pairing != key.pairing or not torch.equal(
+                query.ranks, key.ranks.repeat_interleave(per_group)
+            ):
+                raise NoRuntimeForm("query and key keep different ranks")
+            one, other = query.padded_planes(), key.padded_planes()
+            if other is not None:
+                other = other.repeat_interleave(per_group, 0)
+            if (one is None) != (other is None) or not (one is None or torch.equal(one, other)):
+                raise NoRuntimeForm("query and key keep different planes")
+        folded = [p for p in (query, key) if isinstance(p, FoldedHeads)]
+        for projection in folded:
+            planes = projection.pairing is not None
+            if planes != self.family.rope or projection.pairing == "adjacent":
+                raise NoRuntimeForm("the rotary embedding is not the one that the fold is for")
+            if len(folded) == 1 and (
+                projection.width != self.head_dim
+                or projection.ragged
+                or projection.planes is not None
+            ):
+                raise NoRuntimeForm("only one of query and key is folded")
+        if folded and self.family.norms:
+            raise NoRuntimeForm("query and key are normalised before they meet")
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        family = self.family
+        query = self._heads("query", hidden_states, self.heads)
+        key = self._heads("key", hidden_states, self.groups)
+        value = self._heads("value", hidden_states, self.groups).to(query.dtype).transpose(1, 2)
+        if family.rope:
+            assert position_embeddings is not None
+            query, key = self._rotate(query, key, *position_embeddings)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if past_key_values is not None:
+            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+            key, value = cache.update(key, value, self.layer_idx)
+        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        output = output.reshape(*hidden_states.shape[:-1], -1)
+        if family.output is not None:
+            output = getattr(self, family.output)(output)
+        if family.output_dropout is not None:
+            output = getattr(self, family.output_dropout)(output)
+        return output, weights
+
+    def _heads(self, role: str, x: torch.Tensor, heads: int) -> torch.Tensor:
+        """(batch, length, heads, size)."""
+        projection = getattr(self, self.family.roles[role])
+        y: torch.Tensor = projection(x)
+        if not isinstance(projection, (FoldedHeads, FoldedValue)):
+            y = y.unflatten(-1, (heads, self.head_dim))
+        if self.family.norms and role != "value":
+            norm = getattr(self, self.family.norms[role == "key"])
+            y = norm(y)
+        return y
+
+    def _rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotates the planes that are kept, each by its own angle."""
+        half = self.head_dim // 2
+        projection = getattr(self, self.family.key)
+        planes = projection.padded_planes() if isinstance(projection, FoldedHeads) else None
+        if planes is None:
+            cos, sin = cos[..., None, :half], sin[..., None, :half]
+            angles = [(cos, sin)] * 2
+        else:
+            per_group = self.heads // self.groups
+            each = planes.repeat_interleave(per_group, 0)
+            angles = [(cos[..., each], sin[..., each]), (cos[..., planes], sin[..., planes])]
+        rotated = []
+        for role, x, (c, s) in zip(("query", "key"), (query, key), angles, strict=True):
+            if isinstance(getattr(self, self.family.roles[role]), FoldedHeads):
+                first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+            else:
+                first, second = x.chunk(2, -1)
+            rotated.append(torch.cat((first * c - second * s, second * c + first * s), -1))
+        return rotated[0], rotated[1]
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, length, heads, head_dim), and the weights where the function gives them."""
+        transformers = sys.modules["transformers.modeling_utils"]
+        eager = getattr(sys.modules[self._implementation], "eager_attention_forward", None)
+        attend = transformers.ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager
+        )
+        if self.sliding_window is not None:
+            kwargs["sliding_window"] = self.sliding_window
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self._dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output, weights
+
+    # ---- back to encodings ----------------------------------------------------------------------
+
+    def fused(self) -> tuple[Encoding, Encoding | None]:
+        """Weight (in x out) and bias of the one layer that query, key and value came from."""
+        weights, biases = [], []
+        for name in self.family.roles.values():
+            projection = getattr(self, name)
+            if isinstance(projection, (FoldedHeads, FoldedValue)):
+                weight, bias = projection.encodings()
+            else:
+                assert not isinstance(projection, PackedLinear)
+                weight = Dense(np.array(to_numpy("weight", projection.weight)))
+                bias = None
+                if projection.bias is not None:
+                    bias = Dense(np.array(to_numpy("bias", projection.bias)))
+            weights.append(weight)
+            biases.append(bias)
+        if any(bias is None for bias in biases):
+            return Fused(tuple(weights), True), None
+        return Fused(tuple(weights), True), Fused(tuple(b for b in biases if b is not None))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, key_heads={self.groups}, head_dim={self.head_dim}"

@@ -1,0 +1,531 @@
+"""Models that run compressed, and back: ``convert`` and ``to_compressed``."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import _core, encodings
+from ..compressed import Compressed
+from ..encodings import Array, Dense, Diagonal, Encoding, Fused, Planes, Rows, Zeros
+from ..errors import LoadedDenseWarning, ModelError, TensorError, TensorTypeError
+from ..options import resolve_threads
+from ..packed import Packed, pack, value_dtype
+from .attention import FoldedAttention
+from .families import Family, family_of
+from .folded import FoldedHeads, FoldedValue, NoRuntimeForm
+from .modules import PackedEmbedding, PackedLinear
+from .tensors import from_numpy, storage_key, to_numpy
+
+__all__ = ["convert", "to_compressed"]
+
+_FOLDED = (Rows, Planes, Diagonal)
+_Packed = PackedLinear | PackedEmbedding
+
+
+def convert(model: nn.Module, compressed: Compressed, *, dtype: Any = None) -> nn.Module:
+    """Makes a model run in compressed form, in place: dense weights that have a packed or folded
+    form are dropped.
+
+    Pruned matrices become ``PackedLinear`` and ``PackedEmbedding`` (tied ones stay tied), attention
+    whose query, key or value is folded becomes ``FoldedAttention``, everything else is loaded as
+    ``load_state_dict`` does. The outputs are those of the model with ``compressed.state_dict()``,
+    to rounding. Training goes on in the compressed form: kept weights alone change.
+
+    Parameters
+    ----------
+    model
+        The model that the checkpoint was compressed from, or one of the same class and
+        configuration, on the CPU. A transformers model for folded attention.
+    compressed
+        From ``foldprune.compress`` or ``load``.
+    dtype
+        Of the packed values: a torch dtype or "int8". By default that of the model's weights.
+
+    Returns the model itself. Raises, with the model as it was,
+
+    ModelError
+        (ValueError) names that do not fit, tensors tied otherwise, a model already converted.
+    TensorError, TensorTypeError
+        (ValueError, TypeError) shapes or dtypes that do not fit.
+
+    Tensors that have no compressed form to run in are unpacked, with a ``LoadedDenseWarning``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+    if not isinstance(compressed, Compressed):
+        raise TypeError(f"compressed: expected a Compressed, got {type(compressed).__name__}")
+    plan = _Plan(model, compressed, dtype)
+    plan.apply()
+    return model
+
+
+def to_compressed(model: nn.Module) -> Compressed:
+    """The weights of a converted model, trained or not, as a ``Compressed``.
+
+    Recipe and report are those of the checkpoint it was converted with, the report's sizes as they
+    are now; its errors are of the compression, not of any training since. Weights have the model's
+    dtype, those of int8 values float32. Raises ModelError (a ValueError) for a model that is not
+    converted.
+    """
+    origin = getattr(model, _ORIGIN, None)
+    if not isinstance(origin, _Origin):
+        raise ModelError(
+            f"{type(model).__name__} was not made by foldprune.torch.convert; "
+            "foldprune.compress(model) compresses a dense one"
+        )
+    return origin.collect(model)
+
+
+# ---- what a converted model remembers -----------------------------------------------------------
+
+_ORIGIN = "_foldprune_origin"
+
+
+@dataclasses.dataclass
+class _Origin:
+    """The checkpoint without its weights. ``described``: each tensor's encoding as JSON;
+    ``attention``: for tensors that a FoldedAttention has taken in, its name."""
+
+    names: list[str]
+    tied: dict[str, str]
+    described: dict[str, dict[str, Any]]
+    sources: dict[str, str]
+    attention: dict[str, str]
+    report: Any
+    recipe: Any
+    framework: str | None
+
+    def collect(self, model: nn.Module) -> Compressed:
+        threads = resolve_threads(None)
+        state = model.state_dict()
+        out: dict[str, Encoding] = {}
+        for name, described in self.described.items():
+            path, _, leaf = self.sources[name].rpartition(".")
+            if name in self.attention:
+                out[name] = _folded_encoding(model, self.attention[name], path, leaf)
+                continue
+            module = model.get_submodule(path)
+            if isinstance(module, (PackedLinear, PackedEmbedding)) and leaf == "weight":
+                out[name] = _packed_encoding(module.packed(), described, threads)
+            else:
+                array = to_numpy(name, state[self.sources[name]]).copy()
+                kept = described.get("kept")
+                out[name] = Dense(array, kept if described["kind"] == "dense" else None)
+        rows = [
+            dataclasses.replace(
+                row,
+                stored=out[row.name].numbers if row.numbers else 0,
+                stored_bytes=encodings.nbytes(out[row.name]),
+            )
+            if row.name in out
+            else row
+            for row in self.report.rows
+        ]
+        report = dataclasses.replace(self.report, rows=rows)
+        return Compressed(
+            list(self.names),
+            out,
+            dict(self.tied),
+            report,
+            self.recipe,
+            self.framework,
+            threads=threads,
+        )
+
+
+def _folded_encoding(model: nn.Module, attention: str, path: str, leaf: str) -> Encoding:
+    folded = model.get_submodule(attention)
+    assert isinstance(folded, FoldedAttention)
+    name = path[len(attention) + 1 :] if attention else path
+    if name == folded.family.fused:
+        both = folded.fused()
+    else:
+        projection = getattr(folded, name)
+        assert isinstance(projection, (FoldedHeads, FoldedValue))
+        both = projection.encodings()
+    encoding = both[leaf == "bias"]
+    assert encoding is not None
+    return encoding
+
+
+def _packed_encoding(
+    packed: Packed, described: Mapping[str, Any], threads: int
+) -> encodings.Packed:
+    """Row-major bits and values, in the blocks that the checkpoint had."""
+    dense = packed.unpack(threads)
+    ones = Packed(packed.shape, packed.mask, np.ones(packed.values.shape, np.float32))
+    mask = ones.unpack(threads) != 0
+    transposed = bool(described.get("transposed", False))
+    swapped = described.get("swapped", False)
+    if swapped:
+        dense, mask = np.ascontiguousarray(dense.T), np.ascontiguousarray(mask.T)
+    bits = np.packbits(mask.ravel(), bitorder="little")
+    values = _core.pack(dense, bits, threads)
+    block = tuple(described.get("block", (1, 1)))
+    if block != (1, 1):
+        coarse = np.ascontiguousarray(mask[:: block[0], :: block[1]])
+        coarse_bits = np.packbits(coarse.ravel(), bitorder="little")
+        if np.array_equal(_core.mask_blocks(coarse_bits, *mask.shape, *block, threads), bits):
+            bits = coarse_bits
+        else:  # another mask has been loaded since
+            block = (1, 1)
+    return encodings.Packed(mask.shape, bits, values, block, transposed)
+
+
+# ---- from a checkpoint to modules ---------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Use:
+    """A packed tensor and the module that is to hold it."""
+
+    path: str
+    module: nn.Module
+    encoding: encodings.Packed
+    swapped: bool  # the encoding's (out x in) is the module's (in x out)
+    dtype: np.dtype[Any]
+
+
+class _Plan:
+    """Everything that is checked, before anything is changed."""
+
+    def __init__(self, model: nn.Module, compressed: Compressed, dtype: Any) -> None:
+        self.model, self.compressed = model, compressed
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        if any(isinstance(m, (*_PACKED, FoldedAttention)) for m in self.modules.values()):
+            raise ModelError(
+                f"{type(model).__name__} is converted already; load weights into it by "
+                "load_state_dict, or convert a dense model"
+            )
+        self.state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+        self.source = self._match()
+        self.folded: dict[str, FoldedAttention | _Fold] = {}
+        self.attention: dict[str, str] = {}
+        self.dense_because: dict[str, str] = {}
+        self._plan_attention()
+        self.uses: dict[str, list[_Use]] = {}
+        self._plan_packed(dtype)
+
+    # ---- names ----------------------------------------------------------------------------------
+
+    def _match(self) -> dict[str, str]:
+        """The stored tensor of every name of the model."""
+        compressed, state = self.compressed, self.state
+        stored = {name: compressed.tied.get(name, name) for name in compressed}
+        aliases: dict[tuple[Any, ...], list[str]] = {}
+        for name, tensor in state.items():
+            if tensor.device.type != "cpu":
+                raise ModelError(f"{name!r} is on {tensor.device}: convert a model on the CPU")
+            key = storage_key(tensor) if tensor.numel() else ("empty", name)
+            aliases.setdefault(key, []).append(name)
+        source, missing = {}, []
+        for names in aliases.values():
+            found = {stored[name] for name in names if name in stored}
+            if len(found) > 1:
+                raise ModelError(
+                    f"the model ties {', '.join(names)}, the checkpoint has different tensors for "
+                    f"them: {', '.join(sorted(found))}"
+                )
+            if found:
+                source.update(dict.fromkeys(names, found.pop()))
+            else:
+                missing += names
+        unexpected = [name for name in compressed if name not in state]
+        if missing or unexpected:
+            raise ModelError(
+                f"the checkpoint does not fit {type(self.model).__name__}: "
+                f"missing {_listed(missing)}, not in the model {_listed(unexpected)}"
+            )
+        for name, tensor in state.items():
+            encoding = compressed.encodings[source[name]]
+            if tuple(tensor.shape) != tuple(encoding.shape):
+                raise TensorError(
+                    f"{name!r}: shape {tuple(encoding.shape)} in the checkpoint, "
+                    f"{tuple(tensor.shape)} in the model"
+                )
+        return source
+
+    def encoding(self, name: str) -> Encoding | None:
+        return self.compressed.encodings.get(self.source.get(name, name))
+
+    # ---- folded attention -----------------------------------------------------------------------
+
+    def _plan_attention(self) -> None:
+        folded = {
+            name
+            for name, encoding in self.compressed.encodings.items()
+            if isinstance(encoding, (*_FOLDED, Fused))
+        }
+        for path, module in self.modules.items():
+            family = family_of(module)
+            if family is None:
+                continue
+            names = {
+                child: _join(path, child)
+                for child in ([family.fused] if family.fused else family.roles.values())
+            }
+            weights = [f"{name}.weight" for name in names.values()]
+            if not folded.intersection(weights):
+                continue
+            try:
+                self.folded[path] = _Fold(self, path, module, family)
+            except NoRuntimeForm as error:
+                self.dense_because.update(dict.fromkeys(weights, str(error)))
+                continue
+            for weight in folded.intersection(weights):
+                self.attention[weight] = path
+                bias = weight.removesuffix("weight") + "bias"
+                if bias in self.state:
+                    self.attention[bias] = path
+        for name in folded - set(self.attention):
+            if name.endswith("weight"):
+                reason = "it is in no attention module that foldprune.torch knows"
+                self.dense_because.setdefault(name, reason)
+
+    # ---- packed matrices ------------------------------------------------------------------------
+
+    def _plan_packed(self, dtype: Any) -> None:
+        wanted = None if dtype is None else value_dtype(_dtype_name(dtype))
+        by_source: dict[str, list[str]] = {}
+        for name, source in self.source.items():
+            if isinstance(self.compressed.encodings[source], encodings.Packed):
+                by_source.setdefault(source, []).append(name)
+        for source, names in by_source.items():
+            encoding = self.compressed.encodings[source]
+            assert isinstance(encoding, encodings.Packed)
+            try:
+                uses = [self._use(name, encoding, wanted) for name in names]
+            except NoRuntimeForm as error:
+                self.dense_because[source] = str(error)
+                continue
+            for use in uses:
+                values = encoding.values
+                if use.dtype not in (values.dtype, np.dtype(np.int8)):
+                    with np.errstate(over="ignore"):
+                        values = values.astype(use.dtype)
+                if not np.isfinite(values.astype(np.float32)).all():
+                    raise TensorError(f"{source!r}: has numbers beyond the range of {use.dtype}")
+            self.uses[source] = uses
+
+    def _use(
+        self, name: str, encoding: encodings.Packed, wanted: np.dtype[Any] | None
+    ) -> _Use:
+        path, _, leaf = name.rpartition(".")
+        module = self.modules[path]
+        if leaf != "weight":
+            raise NoRuntimeForm(f"{type(module).__name__} has no packed form for {leaf!r}")
+        if any(path.startswith(f"{p}.") for p in self.folded if f"{path}.weight" in self.attention):
+            raise NoRuntimeForm("the attention is folded")
+        linear = type(module) is nn.Linear
+        conv = type(module).__name__ == "Conv1D"
+        embedding = type(module) is nn.Embedding
+        if embedding and (
+            module.max_norm is not None or module.sparse or module.scale_grad_by_freq
+        ):
+            raise NoRuntimeForm("the embedding renormalises or has sparse gradients")
+        if not (linear or conv or embedding):
+            raise NoRuntimeForm(f"{type(module).__name__} has no packed form")
+        own = self.state[name].dtype
+        model_dtype = to_numpy(name, torch.empty(0, dtype=own)).dtype
+        if wanted is not None and (wanted == np.float64) != (model_dtype == np.float64):
+            raise TensorTypeError(
+                f"{name!r}: {wanted} values in a model of {model_dtype}: float64 goes with "
+                "float64 alone"
+            )
+        return _Use(
+            path, module, encoding, conv != encoding.transposed, wanted or model_dtype
+        )
+
+    # ---- the change -----------------------------------------------------------------------------
+
+    def apply(self) -> None:
+        compressed, threads = self.compressed, self.compressed.threads
+        for source, reason in self.dense_because.items():
+            warnings.warn(
+                f"{source!r} is loaded dense: {reason}", LoadedDenseWarning, stacklevel=3
+            )
+        made: dict[tuple[str, int], _Packed] = {}
+        replaced: dict[str, nn.Module] = {}
+        for source, uses in self.uses.items():
+            for use in uses:
+                key = (source, use.module.weight.data_ptr())
+                new = self._packed_module(use, made.get(key), threads)
+                made.setdefault(key, new)
+                replaced[use.path] = new
+        loaded: set[int] = set()
+        with torch.no_grad():
+            for name, tensor in self.state.items():
+                source = self.source[name]
+                if source in self.uses or self.source[name] in self.attention:
+                    continue
+                if tensor.data_ptr() in loaded and tensor.numel():
+                    continue
+                loaded.add(tensor.data_ptr())
+                array = compressed.encodings[source].unpack(threads)
+                tensor.copy_(from_numpy(np.array(array, order="C")))
+        for path, new in replaced.items():
+            _set(self.model, path, new)
+        for path, fold in self.folded.items():
+            assert isinstance(fold, _Fold)
+            _set(self.model, path, fold.build(self.model.get_submodule(path)))
+        swapped = {s: u[0].swapped for s, u in self.uses.items()}
+        described = {
+            name: {**encodings.describe(encoding), "swapped": swapped.get(name, False)}
+            for name, encoding in compressed.encodings.items()
+        }
+        first: dict[str, str] = {}
+        for name, source in self.source.items():
+            first.setdefault(source, name)
+        origin = _Origin(
+            list(compressed),
+            dict(compressed.tied),
+            described,
+            first,
+            {name: path for name, path in self.attention.items()},
+            compressed.report,
+            compressed.recipe,
+            compressed.framework,
+        )
+        setattr(self.model, _ORIGIN, origin)
+
+    def _packed_module(self, use: _Use, tied: _Packed | None, threads: int) -> _Packed:
+        module = use.module
+        packed = _runtime(use, threads)
+        new: _Packed
+        if isinstance(module, nn.Embedding):
+            own = module.weight.dtype
+            new = PackedEmbedding.from_packed(packed, module.padding_idx)
+            if new.scale is not None or new.values.dtype is not own:
+                new.out_dtype = own
+        else:
+            new = PackedLinear.from_packed(packed, module.bias)
+        if new.values.is_floating_point():
+            new.values.requires_grad_(module.weight.requires_grad)
+        if tied is not None:
+            new.share(tied)
+        return new.train(module.training)
+
+
+_PACKED = (PackedLinear, PackedEmbedding)
+
+
+class _Fold:
+    """The folded projections of one attention module."""
+
+    def __init__(self, plan: _Plan, path: str, module: nn.Module, family: Family) -> None:
+        self.family, self.path = family, path
+        for attribute in family.refuses:
+            if getattr(module, attribute, False):
+                raise NoRuntimeForm(f"{type(module).__name__} with {attribute}")
+        child = getattr(module, family.fused or family.query)
+        dtype = child.weight.dtype
+        self.projections: dict[str, nn.Module | None] = {}
+        pairs = self._segments(plan) if family.fused else self._tensors(plan)
+        heads = {}
+        for role, (weight, bias) in pairs.items():
+            heads[role] = (weight.shape[0], getattr(weight, "heads", None))
+            if isinstance(weight, (Rows, Planes)) and role != "value":
+                self.projections[role] = FoldedHeads(weight, bias, dtype)
+            elif isinstance(weight, Diagonal) and role == "value":
+                value = FoldedValue(weight, bias, dtype)
+                self.projections[role] = value
+            elif isinstance(weight, _FOLDED):
+                raise NoRuntimeForm(f"a {role} stored as {weight.kind!r}")
+            else:
+                self.projections[role] = _linear(weight, bias, dtype) if family.fused else None
+        config: Any = module.config
+        self.heads = int(config.num_attention_heads)
+        self.groups = int(getattr(config, "num_key_value_heads", None) or self.heads)
+        self.head_dim = heads["query"][0] // self.heads
+        for role, count in (("query", self.heads), ("key", self.groups), ("value", self.groups)):
+            rows, own = heads[role]
+            if own not in (None, count) or rows != count * self.head_dim:
+                raise NoRuntimeForm(f"the {role} is folded in {own} heads, the model has {count}")
+        self.build(module)  # checks that the projections go together
+
+    def _tensors(self, plan: _Plan) -> dict[str, tuple[Encoding, Encoding | None]]:
+        pairs = {}
+        for role, name in self.family.roles.items():
+            weight = plan.encoding(f"{_join(self.path, name)}.weight")
+            if weight is None or isinstance(weight, Fused):
+                raise NoRuntimeForm(f"the {role} is fused with another tensor")
+            pairs[role] = (weight, plan.encoding(f"{_join(self.path, name)}.bias"))
+        return pairs
+
+    def _segments(self, plan: _Plan) -> dict[str, tuple[Encoding, Encoding | None]]:
+        name = _join(self.path, str(self.family.fused))
+        weight, bias = plan.encoding(f"{name}.weight"), plan.encoding(f"{name}.bias")
+        if (
+            not isinstance(weight, Fused)
+            or not weight.transposed
+            or weight.interleave
+            or len(weight.segments) != 3
+        ):
+            raise NoRuntimeForm("its parts are fused otherwise than the model's")
+        biases: list[Encoding | None] = [None] * 3
+        if isinstance(bias, Fused) and len(bias.segments) == 3 and not bias.interleave:
+            biases = list(bias.segments)
+        elif bias is not None:
+            array = bias.unpack()
+            ends = np.cumsum([segment.shape[0] for segment in weight.segments])
+            biases = [Dense(part.copy()) for part in np.split(array, ends[:-1])]
+        return {
+            role: (segment, own)
+            for role, segment, own in zip(self.family.roles, weight.segments, biases, strict=True)
+        }
+
+    def build(self, module: nn.Module) -> FoldedAttention:
+        projections = {
+            role: projection or getattr(module, self.family.roles[role])
+            for role, projection in self.projections.items()
+        }
+        return FoldedAttention(
+            module, self.family, projections, self.heads, self.groups, self.head_dim
+        )
+
+
+def _linear(weight: Encoding, bias: Encoding | None, dtype: torch.dtype) -> nn.Linear:
+    rows, cols = weight.shape
+    linear = nn.Linear(cols, rows, bias=bias is not None, dtype=dtype, device="meta")
+    linear.weight = nn.Parameter(from_numpy(weight.unpack()).to(dtype))
+    if bias is not None:
+        linear.bias = nn.Parameter(from_numpy(bias.unpack()).to(dtype))
+    return linear
+
+
+def _runtime(use: _Use, threads: int) -> Packed:
+    """The module's (out x in) matrix with the checkpoint's own mask."""
+    encoding = use.encoding
+    rows, cols = encoding.matrix_shape
+    bits = encoding.element_mask(threads)
+    dense = _core.unpack(encoding.values, bits, (rows, cols), threads)
+    mask = np.unpackbits(bits, count=rows * cols, bitorder="little").astype(bool)
+    mask = mask.reshape(rows, cols)
+    if use.swapped:
+        dense, mask = dense.T, mask.T
+    return pack(dense, np.ascontiguousarray(mask), use.dtype)
+
+
+def _dtype_name(dtype: Any) -> Any:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _listed(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "nothing") + more
+
+
+def _set(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
