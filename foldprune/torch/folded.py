@@ -97,7 +97,8 @@ class FoldedHeads(_Folded):
             indices = getattr(weight, name, None)
             self.register_buffer(name, None if indices is None else _index(indices))
         self.bias_kind = None if bias is None else bias.kind
-        self.bias: nn.Parameter | None = None
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)
         if bias is not None and not isinstance(bias, Zeros):
             if isinstance(bias, (Rows, Planes)):
                 same = np.array_equal(bias.ranks, weight.ranks) and _same(
@@ -209,7 +210,8 @@ class FoldedValue(_Folded):
         consecutive = np.array_equal(weight.pivots, first + np.arange(self.heads * self.head_dim))
         self.start = first if consecutive else None
         self.bias_kind = None if bias is None else bias.kind
-        self.bias: nn.Parameter | None = None
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)
         if isinstance(bias, Dense):
             self.bias = _parameter(bias.array, dtype)
         elif bias is not None and not isinstance(bias, Zeros):

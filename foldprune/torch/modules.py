@@ -12,20 +12,24 @@ from .. import _core
 from ..encodings import Array
 from ..errors import ModuleError, TensorError, TensorTypeError
 from ..packed import Packed, pack
-from .ops import core_of, from_core, packed_embedding, packed_linear, to_core
+from .ops import core_of, from_core, packed_embedding, packed_linear
 from .tensors import from_numpy, to_numpy
 
 __all__ = ["PackedEmbedding", "PackedLinear"]
 
-_is_compiling = torch.compiler.is_compiling
-_is_tracing = torch.jit.is_tracing
+_autocast = torch.is_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
+_compiling = torch.compiler.is_compiling
+_tracing = torch._C._get_tracing_state
 _modes = torch._C._len_torch_dispatch_stack
+_threads = torch.get_num_threads
+_float32, _float64 = torch.float32, torch.float64
 
 
 def _eager() -> bool:
-    """Whether a kernel may be called without the dispatcher, which decoding token by token is
-    slowed down by: nothing is to be differentiated, traced or watched."""
-    return not (torch.is_grad_enabled() or _is_compiling() or _is_tracing() or _modes())
+    """Whether a kernel may be called without the dispatcher, which is most of what a small product
+    costs: nothing is to be differentiated, traced or watched."""
+    return not (_grad_enabled() or _compiling() or _modes()) and _tracing() is None
 
 
 class _PackedModule(nn.Module):
@@ -94,20 +98,21 @@ class _PackedModule(nn.Module):
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.values, self.mask, self.offset, self.scale
 
-    def _core(self) -> tuple[Any, ...]:
+    def _matrix(self) -> tuple[Any, ...]:
         """The matrix as ``_core`` takes it, made anew when the values have moved."""
-        values = self.values
-        cached = self._cached
-        if cached is None or cached[0] != values.data_ptr() or cached[1] is not values.dtype:
-            core = core_of(*self._tensors(), self._rows, self._cols)
-            offset = _core.packed_offsets(core[2], self._rows, self._cols, 1)
-            if not np.array_equal(offset, core[3]) or core[4].shape != (int(offset[-1]),):
-                raise ModuleError(
-                    "the mask does not fit the values and their offsets: change it by "
-                    "load_state_dict, not in place"
-                )
-            self._cached = cached = (values.data_ptr(), values.dtype, core)
-        core = cached[2]
+        cached, values = self._cached, self._parameters["values"]
+        assert values is not None
+        if cached is not None and cached[0] == values.data_ptr():
+            core: tuple[Any, ...] = cached[1]
+            return core
+        core = core_of(*self._tensors(), self._rows, self._cols)
+        offset = _core.packed_offsets(core[2], self._rows, self._cols)
+        if not np.array_equal(offset, core[3]) or core[4].shape != (int(offset[-1]),):
+            raise ModuleError(
+                "the mask does not fit the values and their offsets: change it by "
+                "load_state_dict, not in place"
+            )
+        self._cached = (values.data_ptr(), core)
         return core
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -154,12 +159,11 @@ class _PackedModule(nn.Module):
                     raise ModuleError(
                         f"{prefix}values: the mask keeps {count}, got shape {tuple(values.shape)}"
                     )
-            if values is not None and torch.int8 in (values.dtype, self.values.dtype):
-                if values.dtype is not self.values.dtype:
-                    raise ModuleError(
-                        f"{prefix}values: {values.dtype} cannot be loaded into a layer of "
-                        f"{self.values.dtype}: its numbers are in units of a scale"
-                    )
+            if values is not None and (values.dtype is torch.int8) != (self.scale is not None):
+                raise ModuleError(
+                    f"{prefix}values: {values.dtype} cannot be loaded into a layer of "
+                    f"{self.values.dtype}: int8 numbers are in units of a scale"
+                )
         except ModuleError as error:
             error_msgs.append(str(error))
             return
@@ -246,7 +250,7 @@ class PackedLinear(_PackedModule):
         zeros = torch.zeros(out_features)
         if self.values.is_floating_point():
             zeros = zeros.to(self.values.dtype)
-        self.bias = nn.Parameter(zeros) if bias else None
+        self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
 
     @property
     def in_features(self) -> int:
@@ -269,7 +273,7 @@ class PackedLinear(_PackedModule):
         _PackedModule.__init__(module, packed)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach().clone())
-        module.bias = bias
+        module.register_parameter("bias", bias)
         return module
 
     @classmethod
@@ -292,27 +296,25 @@ class PackedLinear(_PackedModule):
         return cls.from_packed(packed, None if bias is None else bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled("cpu") and x.dtype is not torch.float64:
+        if _autocast("cpu") and x.dtype is not _float64:
             x = x.to(torch.get_autocast_dtype("cpu"))
-        values, bias = self.values, self.bias
+        shape, bias = x.shape, self._parameters["bias"]
         if (
-            x.dtype is torch.float32
-            and _eager()
+            x.dtype is _float32
             and type(x) is torch.Tensor
-            and x.device.type == "cpu"
-            and x.shape[-1] == self._cols
-            and (bias is None or bias.dtype is torch.float32)
-            and values.dtype is not torch.float64
+            and x.is_cpu
+            and _eager()
+            and shape[-1] == self._cols
+            and (bias is None or bias.dtype is _float32)
         ):
-            y = _core.matmul(
-                self._core(),
-                x.detach().contiguous().view(-1, self._cols).numpy()
-                if x.numel()
-                else np.zeros((x.numel() // max(1, self._cols), self._cols), np.float32),
-                None if bias is None else bias.detach().numpy(),
-                torch.get_num_threads(),
-            )
-            return torch.from_numpy(y).view(*x.shape[:-1], self._rows)
+            core = self._matrix()
+            if core[4].dtype != np.float64:
+                flat = x.detach().contiguous().numpy()
+                if flat.ndim != 2:
+                    flat = flat.reshape(shape[:-1].numel(), self._cols)
+                added = None if bias is None else bias.detach().numpy()
+                y = _core.matmul(core, flat, added, _threads())
+                return torch.from_numpy(y.reshape(*shape[:-1], self._rows))
         self._check_device(x)
         out: torch.Tensor = packed_linear(x, *self._tensors(), bias, self._rows, self._cols)
         return out
@@ -401,10 +403,10 @@ class PackedEmbedding(_PackedModule):
         self._check_device(ids)
         padding = -1 if self.padding_idx is None else self.padding_idx
         rows: torch.Tensor
-        if _eager() and type(ids) is torch.Tensor and ids.dtype is torch.int64 and ids.numel():
+        if _eager() and type(ids) is torch.Tensor and ids.dtype is torch.int64 and ids.is_cpu:
             flat = ids.contiguous().view(-1).numpy()
             try:
-                found = _core.packed_lookup(self._core(), flat, torch.get_num_threads())
+                found = _core.packed_lookup(self._matrix(), flat, _threads())
             except ValueError:
                 raise IndexError("index out of range in self") from None
             dtype = torch.float32 if self.scale is not None else self.values.dtype
