@@ -94,6 +94,18 @@ def _family(name: str) -> Any:
     if family == "gpt2":
         config = t.GPT2Config(vocab_size=89, n_embd=48, n_layer=2, n_head=4, n_positions=40)
         return t.GPT2LMHeadModel(config)
+    if family == "opt":
+        config = t.OPTConfig(
+            vocab_size=89,
+            hidden_size=48,
+            num_hidden_layers=2,
+            ffn_dim=80,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=48,
+            bos_token_id=2,
+        )
+        return t.OPTForCausalLM(config)
     sizes = {**_SIZES, "num_attention_heads": 4, "max_position_embeddings": 64}
     if family == "llama":
         options: dict[str, Any] = {
@@ -119,7 +131,7 @@ def _family(name: str) -> Any:
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Any]:
     """make_model(name, seed=0): a random model in float32 and eval mode. Names: bert, roberta,
-    gpt2, llama[-gqa, -mqa, -bias, -tied, -wide], mistral, qwen2, qwen3."""
+    gpt2, opt, llama[-gqa, -mqa, -bias, -tied, -wide], mistral, qwen2, qwen3."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     return lambda name, seed=0: _randomise(_family(name), seed)

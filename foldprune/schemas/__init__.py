@@ -5,11 +5,12 @@ from __future__ import annotations
 from .bert import BERT
 from .gpt2 import GPT2
 from .llama import LLAMA
+from .opt import OPT
 from .schema import Attention, FeedForward, Forbidden, Schema, Slot
 
 __all__ = ["Attention", "FeedForward", "Forbidden", "Schema", "Slot", "known", "register"]
 
-_schemas: list[Schema] = [BERT, GPT2, LLAMA]
+_schemas: list[Schema] = [BERT, GPT2, LLAMA, OPT]
 
 
 def known() -> tuple[Schema, ...]:

@@ -73,7 +73,10 @@ class FoldedAttention(nn.Module):
             one, other = query.padded_planes(), key.padded_planes()
             if other is not None:
                 other = other.repeat_interleave(per_group, 0)
-            if (one is None) != (other is None) or not (one is None or torch.equal(one, other)):
+            if one is None or other is None:
+                if one is not other:
+                    raise NoRuntimeForm("query and key keep different planes")
+            elif not torch.equal(one, other):
                 raise NoRuntimeForm("query and key keep different planes")
         folded = [p for p in (query, key) if isinstance(p, FoldedHeads)]
         for projection in folded:
@@ -109,7 +112,7 @@ class FoldedAttention(nn.Module):
             cache = getattr(past_key_values, "self_attention_cache", past_key_values)
             key, value = cache.update(key, value, self.layer_idx)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        output = output.reshape(*hidden_states.shape[:-1], -1)
+        output = output.reshape(*hidden_states.shape[:-1], self.heads * self.head_dim)
         if family.output is not None:
             output = getattr(self, family.output)(output)
         if family.output_dropout is not None:
@@ -121,7 +124,7 @@ class FoldedAttention(nn.Module):
         projection = getattr(self, self.family.roles[role])
         y: torch.Tensor = projection(x)
         if not isinstance(projection, (FoldedHeads, FoldedValue)):
-            y = y.unflatten(-1, (heads, self.head_dim))
+            y = y.view(*y.shape[:-1], heads, self.head_dim)
         if self.family.norms and role != "value":
             norm = getattr(self, self.family.norms[role == "key"])
             y = norm(y)
@@ -144,7 +147,7 @@ class FoldedAttention(nn.Module):
         rotated = []
         for role, x, (c, s) in zip(("query", "key"), (query, key), angles, strict=True):
             if isinstance(getattr(self, self.family.roles[role]), FoldedHeads):
-                first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+                first, second = x.view(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
             else:
                 first, second = x.chunk(2, -1)
             rotated.append(torch.cat((first * c - second * s, second * c + first * s), -1))

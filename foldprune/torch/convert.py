@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import _core, encodings
 from ..compressed import Compressed
-from ..encodings import Array, Dense, Diagonal, Encoding, Fused, Planes, Rows, Zeros
+from ..encodings import Dense, Diagonal, Encoding, Fused, Planes, Rows
 from ..errors import LoadedDenseWarning, ModelError, TensorError, TensorTypeError
 from ..options import resolve_threads
 from ..packed import Packed, pack, value_dtype
@@ -26,7 +26,7 @@ from .tensors import from_numpy, storage_key, to_numpy
 __all__ = ["convert", "to_compressed"]
 
 _FOLDED = (Rows, Planes, Diagonal)
-_Packed = PackedLinear | PackedEmbedding
+_PackedLayer = PackedLinear | PackedEmbedding
 
 
 def convert(model: nn.Module, compressed: Compressed, *, dtype: Any = None) -> nn.Module:
@@ -166,17 +166,19 @@ def _packed_encoding(
     swapped = described.get("swapped", False)
     if swapped:
         dense, mask = np.ascontiguousarray(dense.T), np.ascontiguousarray(mask.T)
+    matrix = (mask.shape[0], mask.shape[1])
     bits = np.packbits(mask.ravel(), bitorder="little")
     values = _core.pack(dense, bits, threads)
-    block = tuple(described.get("block", (1, 1)))
+    rows, cols = described.get("block", (1, 1))
+    block = (int(rows), int(cols))
     if block != (1, 1):
         coarse = np.ascontiguousarray(mask[:: block[0], :: block[1]])
         coarse_bits = np.packbits(coarse.ravel(), bitorder="little")
-        if np.array_equal(_core.mask_blocks(coarse_bits, *mask.shape, *block, threads), bits):
+        if np.array_equal(_core.mask_blocks(coarse_bits, *matrix, *block, threads), bits):
             bits = coarse_bits
         else:  # another mask has been loaded since
             block = (1, 1)
-    return encodings.Packed(mask.shape, bits, values, block, transposed)
+    return encodings.Packed(matrix, bits, values, block, transposed)
 
 
 # ---- from a checkpoint to modules ---------------------------------------------------------------
@@ -192,6 +194,12 @@ class _Use:
     swapped: bool  # the encoding's (out x in) is the module's (in x out)
     dtype: np.dtype[Any]
 
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
 
 class _Plan:
     """Everything that is checked, before anything is changed."""
@@ -206,7 +214,7 @@ class _Plan:
             )
         self.state: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
         self.source = self._match()
-        self.folded: dict[str, FoldedAttention | _Fold] = {}
+        self.folded: dict[str, _Fold] = {}
         self.attention: dict[str, str] = {}
         self.dense_because: dict[str, str] = {}
         self._plan_attention()
@@ -314,15 +322,11 @@ class _Plan:
                     raise TensorError(f"{source!r}: has numbers beyond the range of {use.dtype}")
             self.uses[source] = uses
 
-    def _use(
-        self, name: str, encoding: encodings.Packed, wanted: np.dtype[Any] | None
-    ) -> _Use:
+    def _use(self, name: str, encoding: encodings.Packed, wanted: np.dtype[Any] | None) -> _Use:
         path, _, leaf = name.rpartition(".")
         module = self.modules[path]
         if leaf != "weight":
             raise NoRuntimeForm(f"{type(module).__name__} has no packed form for {leaf!r}")
-        if any(path.startswith(f"{p}.") for p in self.folded if f"{path}.weight" in self.attention):
-            raise NoRuntimeForm("the attention is folded")
         linear = type(module) is nn.Linear
         conv = type(module).__name__ == "Conv1D"
         embedding = type(module) is nn.Embedding
@@ -339,26 +343,14 @@ class _Plan:
                 f"{name!r}: {wanted} values in a model of {model_dtype}: float64 goes with "
                 "float64 alone"
             )
-        return _Use(
-            path, module, encoding, conv != encoding.transposed, wanted or model_dtype
-        )
+        return _Use(path, module, encoding, conv != encoding.transposed, wanted or model_dtype)
 
     # ---- the change -----------------------------------------------------------------------------
 
     def apply(self) -> None:
         compressed, threads = self.compressed, self.compressed.threads
         for source, reason in self.dense_because.items():
-            warnings.warn(
-                f"{source!r} is loaded dense: {reason}", LoadedDenseWarning, stacklevel=3
-            )
-        made: dict[tuple[str, int], _Packed] = {}
-        replaced: dict[str, nn.Module] = {}
-        for source, uses in self.uses.items():
-            for use in uses:
-                key = (source, use.module.weight.data_ptr())
-                new = self._packed_module(use, made.get(key), threads)
-                made.setdefault(key, new)
-                replaced[use.path] = new
+            warnings.warn(f"{source!r} is loaded dense: {reason}", LoadedDenseWarning, stacklevel=3)
         loaded: set[int] = set()
         with torch.no_grad():
             for name, tensor in self.state.items():
@@ -370,12 +362,20 @@ class _Plan:
                 loaded.add(tensor.data_ptr())
                 array = compressed.encodings[source].unpack(threads)
                 tensor.copy_(from_numpy(np.array(array, order="C")))
-        for path, new in replaced.items():
-            _set(self.model, path, new)
+        swapped = {source: uses[0].swapped for source, uses in self.uses.items()}
+        # one by one, and nothing here holds on to the dense weights: there is room for one model
+        self.state.clear()
+        self.modules.clear()
+        while self.uses:
+            _, uses = self.uses.popitem()
+            made: dict[int, _PackedLayer] = {}  # by what the model ties
+            for use in uses:
+                key = use.weight.data_ptr()
+                new = self._packed_module(use, made.get(key), threads)
+                made.setdefault(key, new)
+                _set(self.model, use.path, new)
         for path, fold in self.folded.items():
-            assert isinstance(fold, _Fold)
             _set(self.model, path, fold.build(self.model.get_submodule(path)))
-        swapped = {s: u[0].swapped for s, u in self.uses.items()}
         described = {
             name: {**encodings.describe(encoding), "swapped": swapped.get(name, False)}
             for name, encoding in compressed.encodings.items()
@@ -388,29 +388,31 @@ class _Plan:
             dict(compressed.tied),
             described,
             first,
-            {name: path for name, path in self.attention.items()},
+            dict(self.attention),
             compressed.report,
             compressed.recipe,
             compressed.framework,
         )
         setattr(self.model, _ORIGIN, origin)
 
-    def _packed_module(self, use: _Use, tied: _Packed | None, threads: int) -> _Packed:
+    def _packed_module(self, use: _Use, tied: _PackedLayer | None, threads: int) -> _PackedLayer:
         module = use.module
         packed = _runtime(use, threads)
-        new: _Packed
+        new: _PackedLayer
         if isinstance(module, nn.Embedding):
-            own = module.weight.dtype
+            own = use.weight.dtype
             new = PackedEmbedding.from_packed(packed, module.padding_idx)
             if new.scale is not None or new.values.dtype is not own:
                 new.out_dtype = own
         else:
-            new = PackedLinear.from_packed(packed, module.bias)
+            bias: Any = module.bias
+            new = PackedLinear.from_packed(packed, bias)
         if new.values.is_floating_point():
-            new.values.requires_grad_(module.weight.requires_grad)
+            new.values.requires_grad_(use.weight.requires_grad)
         if tied is not None:
             new.share(tied)
-        return new.train(module.training)
+        new.train(module.training)
+        return new
 
 
 _PACKED = (PackedLinear, PackedEmbedding)

@@ -47,8 +47,12 @@ _LLAMA = {
 }
 FAMILIES = (
     Family(
-        ("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention")
-        + ("CamembertSelfAttention",),
+        (
+            "BertSelfAttention",
+            "RobertaSelfAttention",
+            "XLMRobertaSelfAttention",
+            "CamembertSelfAttention",
+        ),
         query="query",
         key="key",
         value="value",

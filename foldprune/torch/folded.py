@@ -134,7 +134,7 @@ class FoldedHeads(_Folded):
             if self.per_rank == 2:
                 slots = torch.stack((2 * slots, 2 * slots + 1), -1).view(-1)
             y = padded.index_copy(-1, slots, y)
-        return y.unflatten(-1, (self.heads, self.width))
+        return y.view(*y.shape[:-1], self.heads, self.width)
 
     def padded_planes(self) -> torch.Tensor | None:
         """(heads, planes of the largest head); None: all, in order."""
@@ -169,7 +169,8 @@ class FoldedHeads(_Folded):
 
     def extra_repr(self) -> str:
         unit = "rows" if self.pairing is None else "planes"
-        return f"in_features={self.cols}, heads={self.heads}, {unit}={sorted(set(self.ranks.tolist()))}"
+        kept = sorted(set(self.ranks.tolist()))
+        return f"in_features={self.cols}, heads={self.heads}, {unit}={kept}"
 
 
 def _same(a: Array | None, b: Array | None) -> bool:
@@ -197,9 +198,7 @@ class FoldedValue(_Folded):
         self.right = _parameter(weight.right, dtype) if weight.right.size else None
         # heads whose remainder is stored itself have as many rows of it as pivots
         factored = [Diagonal.sizes(r, k, self.cols)[0] > 0 for r, k in zip(ranks, ks, strict=True)]
-        self.rows = [
-            k if f or not k else r for r, k, f in zip(ranks, ks, factored, strict=True)
-        ]
+        self.rows = [k if f or not k else r for r, k, f in zip(ranks, ks, factored, strict=True)]
         self.factored = factored
         self.part_ranks = ranks
         heads = np.arange(self.heads)
@@ -226,7 +225,7 @@ class FoldedValue(_Folded):
             y = self._padded(functional.linear(x, self._whole()))
         if self.bias is not None:
             y = y + self.bias
-        return y.unflatten(-1, (self.heads, self.head_dim))
+        return y.reshape(*y.shape[:-1], self.heads, self.head_dim)
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """The coordinates that the heads read: a view of the input where they follow each other."""

@@ -117,7 +117,7 @@ class _PackedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scale = self.scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scale is not None and self.scale is not None and self.scale.dtype is not scale.dtype:
             self.scale = scale.to(self.scale.device)  # half() and the like are for the values
         self._cached = None
@@ -291,12 +291,12 @@ class PackedLinear(_PackedModule):
         if isinstance(weight, nn.Module):
             transposed = type(weight).__name__ == "Conv1D"
             bias = getattr(weight, "bias", None)
-            weight = weight.weight  # type: ignore[assignment]
+            weight = weight.weight
         packed = _packed(weight, mask, dtype, transposed)
         return cls.from_packed(packed, None if bias is None else bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _autocast("cpu") and x.dtype is not _float64:
+        if _autocast("cpu") and x.dtype is not _float64 and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype("cpu"))
         shape, bias = x.shape, self._parameters["bias"]
         if (
@@ -304,7 +304,7 @@ class PackedLinear(_PackedModule):
             and type(x) is torch.Tensor
             and x.is_cpu
             and _eager()
-            and shape[-1] == self._cols
+            and shape[-1:] == (self._cols,)
             and (bias is None or bias.dtype is _float32)
         ):
             core = self._matrix()

@@ -9,6 +9,7 @@ modules derive them from the mask. Kernels are for the CPU alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from ml_dtypes import bfloat16
 from .. import _core
 from ..encodings import Array
 from ..errors import ModuleError
+from .tensors import from_numpy
 
 __all__ = ["core_of", "from_core", "packed_embedding", "packed_linear", "to_core"]
 
-_library = torch.library.Library("foldprune", "DEF")
+_library = torch.library.Library("foldprune", "DEF")  # type: ignore[no-untyped-call]
 _MATRIX = "Tensor values, Tensor mask, Tensor offset, Tensor? scale"
 for _schema in (
     f"packed_linear(Tensor x, {_MATRIX}, Tensor? bias, int rows, int cols) -> Tensor",
@@ -31,7 +33,7 @@ for _schema in (
     f"packed_embedding_gradient(Tensor dy, Tensor ids, {_MATRIX}, int rows, int padding_idx)"
     " -> Tensor",
 ):
-    _library.define(_schema)
+    _library.define(_schema)  # type: ignore[no-untyped-call]
 packed_linear = torch.ops.foldprune.packed_linear.default
 packed_embedding = torch.ops.foldprune.packed_embedding.default
 _backward = torch.ops.foldprune.packed_linear_backward.default
@@ -76,7 +78,7 @@ def core_of(
 
 
 def from_core(array: Array, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(array).to(dtype).view(shape)
+    return from_numpy(array).to(dtype).view(shape)
 
 
 def _accumulate(values: torch.Tensor) -> torch.dtype:
@@ -210,7 +212,6 @@ def _looked_up(values: torch.Tensor) -> torch.dtype:
 # ---- shapes alone -------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("foldprune::packed_linear", lib=_library)
 def _linear_fake(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -225,19 +226,16 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], rows))
 
 
-@torch.library.register_fake("foldprune::packed_linear_backward", lib=_library)
 def _backward_fake(dy: torch.Tensor, *matrix: Any) -> torch.Tensor:
     return dy.new_empty((*dy.shape[:-1], matrix[-1]))
 
 
-@torch.library.register_fake("foldprune::packed_linear_gradient", lib=_library)
 def _gradient_fake(
     dy: torch.Tensor, x: torch.Tensor, values: torch.Tensor, *matrix: Any
 ) -> torch.Tensor:
     return torch.empty_like(values)
 
 
-@torch.library.register_fake("foldprune::packed_embedding", lib=_library)
 def _embedding_fake(
     ids: torch.Tensor,
     values: torch.Tensor,
@@ -252,11 +250,21 @@ def _embedding_fake(
     return values.new_empty((*ids.shape, cols), dtype=_looked_up(values))
 
 
-@torch.library.register_fake("foldprune::packed_embedding_gradient", lib=_library)
 def _embedding_gradient_fake(
     dy: torch.Tensor, ids: torch.Tensor, values: torch.Tensor, *matrix: Any
 ) -> torch.Tensor:
     return torch.empty_like(values)
+
+
+_FAKES: dict[str, Callable[..., torch.Tensor]] = {
+    "packed_linear": _linear_fake,
+    "packed_linear_backward": _backward_fake,
+    "packed_linear_gradient": _gradient_fake,
+    "packed_embedding": _embedding_fake,
+    "packed_embedding_gradient": _embedding_gradient_fake,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"foldprune::{_name}", _fake, lib=_library)
 
 
 # ---- gradients ----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Whole models, dense and running compressed: sentences encoded by MiniLM, prefill and decoding of
 SmolLM2-135M, memory. Every configuration runs in a process of its own.
 
-    python tests/bench/bench_end_to_end.py [--threads 1 2] [--rates 0.5 0.7] [--models minilm smollm2]
+    python tests/bench/bench_end_to_end.py [--threads 1 2] [--rates 0.5 0.7]
 """
 
 from __future__ import annotations
