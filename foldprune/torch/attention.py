@@ -71,7 +71,7 @@ class FoldedAttention(nn.Module):
                 query.ranks, key.ranks.repeat_interleave(per_group)
             ):
                 raise NoRuntimeForm("query and key keep different ranks")
-            one, other = query.padded_planes(), key.padded_planes()
+            one, other = query.padded, key.padded
             if other is not None:
                 other = other.repeat_interleave(per_group, 0)
             if one is None or other is None:
@@ -135,24 +135,27 @@ class FoldedAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotates the planes that are kept, each by its own angle."""
-        half = self.head_dim // 2
-        projection = getattr(self, self.family.key)
-        planes = projection.padded_planes() if isinstance(projection, FoldedHeads) else None
-        if planes is None:
-            cos, sin = cos[..., None, :half], sin[..., None, :half]
-            angles = [(cos, sin)] * 2
-        else:
-            per_group = self.heads // self.groups
-            each = planes.repeat_interleave(per_group, 0)
-            angles = [(cos[..., each], sin[..., each]), (cos[..., planes], sin[..., planes])]
-        rotated = []
-        for role, x, (c, s) in zip(("query", "key"), (query, key), angles, strict=True):
-            if isinstance(getattr(self, self.family.roles[role]), FoldedHeads):
+        firsts, seconds, planes = [], [], []
+        for role, x in (("query", query), ("key", key)):
+            projection = getattr(self, self.family.roles[role])
+            if isinstance(projection, FoldedHeads):
                 first, second = x.view(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
+                if projection.padded is not None:
+                    planes.append(projection.padded)
             else:
                 first, second = x.chunk(2, -1)
-            rotated.append(torch.cat((first * c - second * s, second * c + first * s), -1))
-        return rotated[0], rotated[1]
+            firsts.append(first)
+            seconds.append(second)
+        if planes:
+            kept = torch.cat(planes)
+            cos, sin = cos[..., kept], sin[..., kept]
+        else:
+            half = self.head_dim // 2
+            cos, sin = cos[..., None, :half], sin[..., None, :half]
+        # both at once: a token's rotation is many small operations
+        first, second = torch.cat(firsts, 2), torch.cat(seconds, 2)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        return rotated[:, :, : self.heads], rotated[:, :, self.heads :]
 
     def _attend(
         self,

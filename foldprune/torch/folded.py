@@ -59,6 +59,11 @@ class _Folded(nn.Module):
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Brings up to date what follows from the indices in the state."""
+        raise NotImplementedError
 
 
 class FoldedHeads(_Folded):
@@ -73,6 +78,8 @@ class FoldedHeads(_Folded):
     planes: torch.Tensor | None
     owners: torch.Tensor
     slots: torch.Tensor
+    free: torch.Tensor | None
+    padded: torch.Tensor | None
 
     def __init__(self, weight: Rows | Planes, bias: Encoding | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -96,6 +103,7 @@ class FoldedHeads(_Folded):
         for name in ("pivots", "planes"):
             indices = getattr(weight, name, None)
             self.register_buffer(name, None if indices is None else _index(indices))
+        self._follow()
         self.bias_kind = None if bias is None else bias.kind
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
@@ -118,13 +126,11 @@ class FoldedHeads(_Folded):
 
     def matrix(self) -> torch.Tensor:
         """(rows of all heads x cols)."""
-        if self.pivots is None:
+        if self.pivots is None or self.free is None:
             return self.values.view(self.total, self.cols)
-        free = self.pivots.new_ones((self.units, self.cols), dtype=torch.bool)
-        free[self.owners[:: self.per_rank], self.pivots] = False
         whole = self.values.new_zeros((self.total, self.cols))
         whole[:: self.per_rank].scatter_(1, self.pivots[:, None], 1)
-        return whole.masked_scatter(free[self.owners], self.values)
+        return whole.masked_scatter(self.free[self.owners], self.values)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = functional.linear(x, self.matrix(), self.bias)
@@ -136,13 +142,19 @@ class FoldedHeads(_Folded):
             y = padded.index_copy(-1, slots, y)
         return y.view(*y.shape[:-1], self.heads, self.width)
 
-    def padded_planes(self) -> torch.Tensor | None:
-        """(heads, planes of the largest head); None: all, in order."""
-        if self.planes is None:
-            return None
-        width = self.width // 2
-        padded = self.planes.new_zeros(self.heads * width)
-        return padded.index_copy(0, self.slots, self.planes).view(self.heads, width)
+    def _follow(self) -> None:
+        """What follows from pivots and planes. ``free``: by head or plane, the columns that are
+        no pivots; ``padded``: (heads x planes of the largest head), None for all in order."""
+        free = padded = None
+        if self.pivots is not None:
+            free = self.pivots.new_ones((self.units, self.cols), dtype=torch.bool)
+            free[self.owners[:: self.per_rank], self.pivots] = False
+        if self.planes is not None:
+            width = self.width // 2
+            padded = self.planes.new_zeros(self.heads * width)
+            padded = padded.index_copy(0, self.slots, self.planes).view(self.heads, width)
+        self.register_buffer("free", free, persistent=False)
+        self.register_buffer("padded", padded, persistent=False)
 
     def encodings(self) -> tuple[Encoding, Encoding | None]:
         """Weight and bias as they are now."""
@@ -184,6 +196,7 @@ class FoldedValue(_Folded):
     pivots: torch.Tensor
     remainder_ranks: torch.Tensor
     readers: torch.Tensor
+    free: torch.Tensor
     owners: torch.Tensor
     slots: torch.Tensor
 
@@ -205,9 +218,7 @@ class FoldedValue(_Folded):
         _constant(self, "readers", np.repeat(heads, ranks))  # by pivot
         _constant(self, "owners", np.repeat(heads, self.rows))  # by row of the remainder
         _constant(self, "slots", _slots(ranks, self.head_dim))
-        first = int(weight.pivots[0]) if weight.pivots.size else 0
-        consecutive = np.array_equal(weight.pivots, first + np.arange(self.heads * self.head_dim))
-        self.start = first if consecutive else None
+        self._follow()
         self.bias_kind = None if bias is None else bias.kind
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
@@ -215,6 +226,17 @@ class FoldedValue(_Folded):
             self.bias = _parameter(bias.array, dtype)
         elif bias is not None and not isinstance(bias, Zeros):
             raise NoRuntimeForm(f"a bias stored as {bias.kind!r} beside a diagonal value")
+
+    def _follow(self) -> None:
+        """What follows from the pivots. ``start``: where the heads' coordinates begin, if they
+        follow each other; ``free``: by head, the columns that are no pivots."""
+        free = self.pivots.new_ones((self.heads, self.cols), dtype=torch.bool)
+        free[self.readers, self.pivots] = False
+        self.register_buffer("free", free, persistent=False)
+        pivots = self.pivots.cpu().numpy()
+        first = int(pivots[0]) if pivots.size else 0
+        consecutive = np.array_equal(pivots, first + np.arange(self.heads * self.head_dim))
+        self.start = first if consecutive else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.right is None:
@@ -243,26 +265,20 @@ class FoldedValue(_Folded):
             return y
         return y.new_zeros((*y.shape[:-1], size)).index_copy(-1, self.slots, y)
 
-    def _free(self) -> torch.Tensor:
-        """(heads x cols): what is no pivot of the head."""
-        free = self.pivots.new_ones((self.heads, self.cols), dtype=torch.bool)
-        free[self.readers, self.pivots] = False
-        return free
-
     def _whole(self) -> torch.Tensor:
         """The dense matrix, without the rows that heads of a smaller rank lack."""
         assert self.right is not None
         stored = torch.tensor([k > 0 for k in self.rows], device=self.pivots.device)
         whole = self.right.new_zeros((len(self.pivots), self.cols))
         whole.scatter_(1, self.pivots[:, None], 1)
-        mask = (self._free() & stored[:, None])[self.readers]
+        mask = (self.free & stored[:, None])[self.readers]
         return whole.masked_scatter(mask, self.right)
 
     def _factored(self, x: torch.Tensor) -> torch.Tensor:
         """left (right x), head by head as their sizes differ."""
         assert self.right is not None and self.left is not None
         whole = self.right.new_zeros((len(self.owners), self.cols))
-        right = whole.masked_scatter(self._free()[self.owners], self.right)
+        right = whole.masked_scatter(self.free[self.owners], self.right)
         z = functional.linear(x, right)
         parts, at, row = [], 0, 0
         for rank, k, factored in zip(self.part_ranks, self.rows, self.factored, strict=True):
