@@ -2,7 +2,8 @@
 
 from .attention import FoldedAttention
 from .calibrate import calibrate
-from .convert import convert, to_compressed
+from .collect import to_compressed
+from .convert import convert
 from .modules import PackedEmbedding, PackedLinear
 from .sequential import compress
 from .tensors import from_numpy, to_numpy
