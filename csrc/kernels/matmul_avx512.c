@@ -82,8 +82,9 @@ static inline vector expand_bf16(const uint16_t *values, unsigned bits)
 
 static inline vector expand_i8(const int8_t *values, unsigned bits)
 {
-    __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)values));
-    return _mm512_maskz_expand_ps((__mmask16)bits, _mm512_cvtepi32_ps(wide));
+    vector wide =
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)values)));
+    return _mm512_maskz_expand_ps((__mmask16)bits, wide);
 }
 
 #include "matmul_loop.h"
