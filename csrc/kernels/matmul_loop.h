@@ -117,10 +117,10 @@ INLINE void gradient_of_four(uint64_t *m, const vector *d, const float *x, float
                              const int vectors)
 {
     const size_t width = (size_t)vectors * LANES;
-    const float *from[4];
+    const float *first = x + width * (size_t)__builtin_ctzll(*m), *from[4];
     FP_UNROLL
     for (int c = 0; c < 4; c++) {
-        from[c] = *m ? x + width * (size_t)__builtin_ctzll(*m) : from[0];
+        from[c] = *m ? x + width * (size_t)__builtin_ctzll(*m) : first;
         *m &= *m - 1; /* 0 stays 0 */
     }
     vector sum[4] = {zero(), zero(), zero(), zero()};
