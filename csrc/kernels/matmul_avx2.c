@@ -43,6 +43,11 @@ static inline vector muladd(vector a, vector b, vector c)
     return _mm256_fmadd_ps(a, b, c);
 }
 
+static inline size_t lowest_bit(uint64_t m)
+{
+    return _tzcnt_u64(m);
+}
+
 static inline void reduce4(vector a, vector b, vector c, vector d, float *y)
 {
     vector pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));

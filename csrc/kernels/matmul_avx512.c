@@ -42,6 +42,11 @@ static inline vector muladd(vector a, vector b, vector c)
     return _mm512_fmadd_ps(a, b, c);
 }
 
+static inline size_t lowest_bit(uint64_t m)
+{
+    return _tzcnt_u64(m);
+}
+
 static inline __m256 halves_sum(vector a)
 {
     return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));

@@ -3,6 +3,7 @@
  *
  *     load(x), store(x, v), splat(a), zero();
  *     muladd(a, b, c): a b + c;
+ *     lowest_bit(m): the number of the lowest bit of m, not 0;
  *     reduce4(a, b, c, d, y): y[0 .. 4) = the sums of each one's lanes;
  *
  * and then includes this file. */
@@ -45,7 +46,7 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
         for (int v = 0; v < vectors; v++)
             sum[v] = load(y + LANES * v);
         for (uint64_t m = mask[i]; m; m &= m - 1) {
-            const float *from = x + width * (size_t)__builtin_ctzll(m);
+            const float *from = x + width * lowest_bit(m);
             vector w = splat(*values++);
             FP_UNROLL
             for (int v = 0; v < vectors; v++)
@@ -95,7 +96,7 @@ INLINE void backward_body(const uint64_t *mask, size_t rows, const float *values
         for (int v = 0; v < vectors; v++)
             sum[v] = load(dx + LANES * v);
         for (uint64_t m = columns[j]; m; m &= m - 1) {
-            size_t i = (size_t)__builtin_ctzll(m);
+            size_t i = lowest_bit(m);
             const float *from = dy + width * i;
             vector w = splat(values[next[i]++]);
             FP_UNROLL
@@ -117,10 +118,10 @@ INLINE void gradient_of_four(uint64_t *m, const vector *d, const float *x, float
                              const int vectors)
 {
     const size_t width = (size_t)vectors * LANES;
-    const float *first = x + width * (size_t)__builtin_ctzll(*m), *from[4];
+    const float *first = x + width * lowest_bit(*m), *from[4];
     FP_UNROLL
     for (int c = 0; c < 4; c++) {
-        from[c] = *m ? x + width * (size_t)__builtin_ctzll(*m) : first;
+        from[c] = *m ? x + width * lowest_bit(*m) : first;
         *m &= *m - 1; /* 0 stays 0 */
     }
     vector sum[4] = {zero(), zero(), zero(), zero()};
