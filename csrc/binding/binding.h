@@ -88,6 +88,8 @@ DECLARE(obs_sweep);
 DECLARE(refit);
 DECLARE(swap);
 DECLARE(damage);
+DECLARE(attention);
+DECLARE(attention_backward);
 #undef DECLARE
 
 #endif

@@ -58,6 +58,8 @@ static PyMethodDef methods[] = {
     METHOD(refit),
     METHOD(swap),
     METHOD(damage),
+    METHOD(attention),
+    METHOD(attention_backward),
     {NULL, NULL, 0, NULL},
 };
 

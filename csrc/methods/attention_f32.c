@@ -1,0 +1,4 @@
+/* Attention in float32. */
+#define FP_REAL_DOUBLE 0
+
+#include "attention_run.h"

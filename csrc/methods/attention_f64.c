@@ -1,0 +1,4 @@
+/* Attention in float64. */
+#define FP_REAL_DOUBLE 1
+
+#include "attention_run.h"
