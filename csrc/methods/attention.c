@@ -40,9 +40,8 @@ static fp_status check(const fp_attention *a)
 static int nodes_sound(const fp_attention *a, const int32_t *nodes)
 {
     for (size_t i = 0; i < a->batch * a->kv_heads; i++) {
-        int32_t n = nodes[i] - 1;
         if (nodes[i] && (a->rank != 1 || a->method == FP_ATTENTION_EXACT || !a->n || !a->m ||
-                         n < FP_LEAST_NODES || n > FP_MOST_NODES || (n & (n - 1))))
+                         nodes[i] < 0 || nodes[i] > FP_MOST_NODES || nodes[i] % FP_LEAST_NODES))
             return 0;
     }
     return 1;

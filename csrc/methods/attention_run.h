@@ -72,7 +72,7 @@ static size_t lay_out(run *r, int threads, char *base)
     r->slices = fp_slices_of(a);
     r->with_nodes = a->rank == 1 && a->method != FP_ATTENTION_EXACT;
     r->capacity = r->with_nodes ? terms_capacity(a) : 0;
-    r->parts = a->causal ? (a->m ? (a->m - 1) / chunk_of(LEAST_NODES) + 1 : 1)
+    r->parts = a->causal ? (a->m ? (a->m - 1) / chunk_of(NODES_STEP) + 1 : 1)
                          : least(PARTS, r->tiling.count);
     r->hidden = fp_take(base, &used, a->key_mask ? a->batch * a->m : 0, sizeof(real));
     if (!a->key_mask)
@@ -186,7 +186,7 @@ static void rebuild_head(void *context, size_t item, int worker)
         return;
     ranges(a, &ks, batch, kv_head, q, k);
     set_range(s, q, k);
-    place_prefixes(a, s->terms - 1, s);
+    place_prefixes(a, s->terms, s);
     build(r->call, &ks, s, 0, &r->scratch[worker], &r->node_work[worker]);
 }
 

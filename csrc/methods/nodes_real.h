@@ -2,8 +2,8 @@
  *
  * F(a) = sum_j softmax_j(a b_j) v_j and L(a) = log sum_j exp(a b_j) are analytic for |Im a| < pi /
  * (largest b - least b): they have Chebyshev series that fall off geometrically, and cannot have a
- * feature that much narrower than the spacing of nodes would miss. N + 1 nodes give N + 1 terms of
- * both; N grows until the last quarter of the terms is below the tolerance.
+ * feature that much narrower than the spacing of nodes would miss. p nodes give p terms of both; p
+ * grows until the last quarter of the terms is below the tolerance.
  *
  * Causal: keys come in chunks. A query takes the series of the keys before its chunk, and its own
  * chunk exactly; the two are merged as in flash attention. */
@@ -15,10 +15,9 @@
 #define PI 3.14159265358979323846
 
 enum {
-    LEAST_NODES = FP_LEAST_NODES, /* of N, the number of intervals */
-    MOST_NODES = FP_MOST_NODES,
-    MOST_TERMS = MOST_NODES + 1,
-    GROUPS = MOST_TERMS / QUERIES + 1 /* of nodes, which are absorbed as tiles of queries */
+    NODES_STEP = FP_LEAST_NODES,
+    MOST_TERMS = FP_MOST_NODES,
+    GROUPS = MOST_TERMS / QUERIES /* of nodes, which are absorbed as tiles of queries */
 };
 
 /* Series of one batch and key/value head. */
@@ -35,20 +34,20 @@ typedef struct node_work {
     double *to_series; /* terms x terms: values at the nodes to terms */
     real *to_series_real;
     real *q, *sums, *values, *carry; /* MOST_TERMS (x dim) */
-    double *dot;
+    double *dot; /* MOST_TERMS: a number per node */
     row_arrays *arrays; /* GROUPS */
 } node_work;
 
-/* Keys per chunk for N: in proportion, so that the exact part costs about as much as the series,
- * and the series take a quarter of the room that the values do. */
-static size_t chunk_of(size_t intervals)
+/* Keys per chunk: in proportion to the nodes, so that the exact part costs about as much as the
+ * series, and the series take at most a quarter of the room that the values do. */
+static size_t chunk_of(size_t terms)
 {
-    return intervals <= 64 ? 256 : 4 * intervals;
+    return terms <= 64 ? 256 : 4 * terms;
 }
 
-static void place_prefixes(const fp_attention *a, size_t intervals, series *out)
+static void place_prefixes(const fp_attention *a, size_t terms, series *out)
 {
-    out->chunk = a->causal ? chunk_of(intervals) : a->m;
+    out->chunk = a->causal ? chunk_of(terms) : a->m;
     out->first = 1;
     out->count = 1;
     if (a->causal) {
@@ -59,14 +58,14 @@ static void place_prefixes(const fp_attention *a, size_t intervals, series *out)
     }
 }
 
-/* Terms that there must be room for, whatever N turns out to be. */
+/* Terms that there must be room for, however many are chosen. */
 static size_t terms_capacity(const fp_attention *a)
 {
     size_t most = 0;
-    for (size_t n = LEAST_NODES; n <= MOST_NODES; n *= 2) {
+    for (size_t terms = NODES_STEP; terms <= MOST_TERMS; terms += NODES_STEP) {
         series s;
-        place_prefixes(a, n, &s);
-        most = s.count * (n + 1) > most ? s.count * (n + 1) : most;
+        place_prefixes(a, terms, &s);
+        most = s.count * terms > most ? s.count * terms : most;
     }
     return most;
 }
@@ -81,7 +80,7 @@ static double node(const series *s, size_t t)
 static void fill_to_series(size_t terms, node_work *w)
 {
     size_t n = terms - 1;
-    double cosines[2 * MOST_NODES];
+    double cosines[2 * MOST_TERMS];
     for (size_t i = 0; i < 2 * n; i++)
         cosines[i] = cos(PI * (double)i / (double)n);
     for (size_t k = 0; k <= n; k++) {
@@ -104,30 +103,41 @@ static void lse_series(const double *lse, size_t terms, const node_work *w, doub
     }
 }
 
-/* What the terms from `from` on add up to at most, in the worst column. */
-static double tail(const real *f, size_t terms, size_t dim, size_t from)
+/* What the terms from .. to - 1 of F add up to at most, in the worst column, over the size of the
+ * values; or those of L, if that is more. NaN where there is one. */
+static double part_of_series(const real *f, const double *l, size_t dim, size_t from, size_t to,
+                             double size)
 {
     double worst = 0;
+    for (size_t k = from; k < to; k++)
+        worst += fabs(l[k]);
+    worst *= size;
     for (size_t j = 0; j < dim; j++) {
         double sum = 0;
-        for (size_t k = from; k < terms; k++)
+        for (size_t k = from; k < to; k++)
             sum += fabs((double)f[k * dim + j]);
         if (!(sum <= worst))
-            worst = sum; /* NaN too */
+            worst = sum;
     }
-    return worst;
+    return worst / size;
 }
 
-/* Whether the series is good to tol: if its terms fall by a factor of 3 or more over a quarter of
- * them, what was left out and what it was mistaken for are less than the last quarter. */
-static int converged(const real *f, const double *l, size_t terms, size_t dim, double tol,
-                     double size)
+/* 0 if the series is good to tol, else how many terms might do. If terms fall by a factor of 3 or
+ * more over a quarter of them, what was left out and what it was mistaken for come to less than the
+ * last quarter. */
+static size_t terms_needed(const real *f, const double *l, size_t terms, size_t dim, double tol,
+                           double size)
 {
-    size_t from = terms - (terms - 1) / 4;
-    double of_l = 0;
-    for (size_t k = from; k < terms; k++)
-        of_l += fabs(l[k]);
-    return of_l <= tol && tail(f, terms, dim, from) <= tol * size;
+    size_t quarter = terms / 4;
+    double last = part_of_series(f, l, dim, terms - quarter, terms, size);
+    double before = part_of_series(f, l, dim, terms - 2 * quarter, terms - quarter, size);
+    if (last <= tol)
+        return 0;
+    double quarters = log(last / tol) / log(before / last);
+    if (!(quarters > 0 && quarters < 4)) /* no decay yet, or NaN */
+        return 2 * terms;
+    size_t more = (size_t)(quarters * (double)quarter) / NODES_STEP + 1;
+    return terms + more * NODES_STEP;
 }
 
 /* ---- evaluation at the nodes ---- */
@@ -156,7 +166,9 @@ static void begin_nodes(const series *s, rows group[GROUPS], size_t dim, node_wo
                             least(QUERIES, s->terms - g * QUERIES), dim);
 }
 
-/* F at the nodes into w->values, L into lse. Returns 0 where no key was visible. */
+/* F at the nodes into w->values, L into lse and, at the nodes before their rounding to `real`, into
+ * w->dot: F changes by less than its own rounding, L with its large linear part would not. Returns
+ * 0 where no key was visible. */
 static int node_values(const series *s, rows group[GROUPS], size_t dim, double *lse, node_work *w)
 {
     for (size_t g = 0; g * QUERIES < s->terms; g++) {
@@ -166,6 +178,7 @@ static int node_values(const series *s, rows group[GROUPS], size_t dim, double *
             if (!group[g].seen[i])
                 return 0;
             lse[t] = row_lse(&group[g], i, 1);
+            w->dot[t] = lse[t] + (node(s, t) - (double)w->q[t]) * (double)group[g].reference[i];
             for (size_t j = 0; j < dim; j++)
                 to[j] = w->sums[t * dim + j] * factor;
         }
@@ -173,9 +186,10 @@ static int node_values(const series *s, rows group[GROUPS], size_t dim, double *
     return 1;
 }
 
-/* The series of all prefixes with s->terms terms; 0 as soon as one has not converged. tol 0: not
- * to be checked. Prefixes without a visible key have L = -inf. */
-static int build(const fp_attention_call *c, const keys *ks, series *s, double tol, scratch *work,
+/* The series of all prefixes with s->terms terms. Stops at one that is not good to tol and returns
+ * how many terms might do, else 0. tol 0: not to be checked. Prefixes without a visible key have L =
+ * -inf. */
+static size_t build(const fp_attention_call *c, const keys *ks, series *s, double tol, scratch *work,
                  node_work *w)
 {
     rows group[GROUPS];
@@ -199,11 +213,12 @@ static int build(const fp_attention_call *c, const keys *ks, series *s, double t
         if (dim)
             multiply('N', 'N', terms, dim, terms, w->to_series_real, terms, w->values, dim, 0, f,
                      dim);
-        lse_series(lse, terms, w, l);
-        if (tol > 0 && !converged(f, l, terms, dim, tol, size))
-            return 0;
+        lse_series(w->dot, terms, w, l);
+        size_t needed = tol > 0 ? terms_needed(f, l, terms, dim, tol, size) : 0;
+        if (needed)
+            return needed;
     }
-    return 1;
+    return 0;
 }
 
 /* Range of the scaled queries of a group and of the visible keys; 0 if one is not finite. */
@@ -255,29 +270,29 @@ static void set_range(series *s, const double q[2], const double k[2])
         s->half = wide;
 }
 
-/* Chooses N and builds the series; s->terms = 0 if there is none or it is not worth it. */
+/* Chooses the number of nodes and builds the series; s->terms = 0 if none does or is worth it. */
 static void choose(const fp_attention_call *c, const keys *ks, size_t batch, size_t kv_head,
                    series *s, scratch *work, node_work *w)
 {
     const fp_attention *a = c->a;
     double q[2], k[2], tol = a->tol;
     s->terms = 0;
-    if (a->method == FP_ATTENTION_EXACT || a->rank != 1 ||
-        !ranges(a, ks, batch, kv_head, q, k))
+    if (!ranges(a, ks, batch, kv_head, q, k))
         return;
     if (!FP_REAL_DOUBLE && tol < 1e-6)
         tol = 1e-6; /* what rounding leaves of the last terms */
     set_range(s, q, k);
-    size_t n = LEAST_NODES;
     /* fewer could miss a feature, and were never enough for smooth distributions of keys */
-    while (n <= MOST_NODES && (double)n < 0.75 * s->half * (k[1] - k[0]))
-        n *= 2;
-    for (; n <= MOST_NODES; n *= 2) {
-        s->terms = n + 1;
-        place_prefixes(a, n, s);
+    double fewest = 0.75 * s->half * (k[1] - k[0]);
+    size_t terms = fewest < MOST_TERMS ? (size_t)fewest / NODES_STEP * NODES_STEP + NODES_STEP
+                                       : MOST_TERMS + 1;
+    while (terms && terms <= MOST_TERMS) {
+        s->terms = terms;
+        place_prefixes(a, terms, s);
         if (a->method == FP_ATTENTION_AUTO && !worth_it(a, s))
             break;
-        if (build(c, ks, s, tol, work, w))
+        terms = build(c, ks, s, tol, work, w);
+        if (!terms)
             return;
     }
     s->terms = 0;
