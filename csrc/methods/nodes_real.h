@@ -42,7 +42,7 @@ typedef struct node_work {
  * series, and the series take at most a quarter of the room that the values do. */
 static size_t chunk_of(size_t terms)
 {
-    return terms <= 64 ? 256 : 4 * terms;
+    return terms <= 32 ? 128 : 4 * terms;
 }
 
 static void place_prefixes(const fp_attention *a, size_t terms, series *out)
@@ -142,11 +142,11 @@ static size_t terms_needed(const real *f, const double *l, size_t terms, size_t 
 
 /* ---- evaluation at the nodes ---- */
 
-/* Largest |v| among about a thousand visible keys: errors are relative to it. */
-static double size_of_values(const keys *ks, size_t m)
+/* Largest |v| among every step-th visible key. */
+static double largest_value(const keys *ks, size_t m, size_t step)
 {
     double most = 0;
-    for (size_t j = 0; j < m; j += m / 1024 + 1) {
+    for (size_t j = 0; j < m; j += step) {
         if (ks->hidden && signbit(ks->hidden[j]))
             continue;
         for (size_t i = 0; i < ks->dim; i++) {
@@ -155,6 +155,15 @@ static double size_of_values(const keys *ks, size_t m)
         }
     }
     return most;
+}
+
+/* What errors are relative to: a thousand keys tell well enough, and never too much. */
+static double size_of_values(const keys *ks, size_t m)
+{
+    double size = largest_value(ks, m, m / 1024 + 1);
+    if (size == 0)
+        size = largest_value(ks, m, 1);
+    return size > 0 ? size : 1;
 }
 
 static void begin_nodes(const series *s, rows group[GROUPS], size_t dim, node_work *w)
@@ -250,21 +259,24 @@ static int ranges(const fp_attention *a, const keys *ks, size_t batch, size_t kv
     return q[0] <= q[1] && k[0] <= k[1];
 }
 
-/* Whether nodes take less time than all pairs of queries and keys would. */
+/* Whether nodes take less time than all pairs of queries and keys would. Measured in pairs, each an
+ * exponential and a row of V: a head with 32 nodes breaks even at about 180 queries and keys, a
+ * causal one at 500, which is the constant part and the factor. */
 static int worth_it(const fp_attention *a, const series *s)
 {
     double queries = (double)a->n * (double)(a->heads / a->kv_heads), m = (double)a->m;
     double unseen = a->causal ? 0.5 * (double)least(a->n, a->m) : 0;
     double pairs = queries * (m - unseen);
     double own = a->causal ? 0.5 * (double)s->chunk : 0;
-    return pairs > (double)s->terms * m + queries * ((double)s->terms + own);
+    return pairs > 1e4 + 1.5 * ((double)s->terms * m + queries * ((double)s->terms + own));
 }
 
-/* The range of a, wide enough that the series' derivative is as good as the series. */
+/* The range of a, with a margin: at its ends the derivative of p terms has p^2 times their rounding,
+ * a little inside about 4 p times. A single query needs a range, too. */
 static void set_range(series *s, const double q[2], const double k[2])
 {
     s->middle = 0.5 * (q[0] + q[1]);
-    s->half = 0.5 * (q[1] - q[0]);
+    s->half = 1.04 * 0.5 * (q[1] - q[0]);
     double wide = k[1] > k[0] ? 1 / (k[1] - k[0]) : 1;
     if (s->half < wide)
         s->half = wide;
