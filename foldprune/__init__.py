@@ -26,6 +26,7 @@ from .errors import (
     TensorTypeError,
     UnmatchedTensorWarning,
 )
+from .folded import NodesState, folded_attention
 from .recipe import Recipe
 from .report import Report, Row, Total
 from .sensitivity import Point, Sensitivity, sensitivity
@@ -41,6 +42,7 @@ __all__ = [
     "HeadSizeWarning",
     "ModelError",
     "Moments",
+    "NodesState",
     "Point",
     "RateError",
     "Recipe",
@@ -53,6 +55,7 @@ __all__ = [
     "UnmatchedTensorWarning",
     "Verification",
     "compress",
+    "folded_attention",
     "load",
     "schemas",
     "sensitivity",

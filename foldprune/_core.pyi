@@ -168,3 +168,29 @@ def attention_backward(
     threads: int = 1,
     isa: str | None = None,
 ) -> tuple[_Array, _Array, _Array]: ...
+
+# A state of decoding by nodes, see fp_nodes_state: low, high, key_range, size, sum (float64),
+# reference, out (the dtype of keys, values and queries); the last five are written to.
+_Nodes = tuple[_Array, _Array, _Array, _Array, _Array, _Array, _Array]
+
+# False where the nodes are too few for the range of the keys; then nothing has changed.
+def nodes_append(
+    state: _Nodes,
+    k: _Array,
+    v: _Array,
+    key_mask: _Array | None = None,
+    threads: int = 1,
+    isa: str | None = None,
+) -> bool: ...
+
+# out (batch, heads, n, dim) and needed, int32 (batch, kv_heads): how many nodes might reach tol, 0
+# where there are enough. out is None where they are not, or a query is outside the range.
+def nodes_attend(
+    state: _Nodes,
+    q: _Array,
+    kv_heads: int,
+    dim: int,
+    scale: float = 1.0,
+    tol: float = 1e-6,
+    threads: int = 1,
+) -> tuple[_Array | None, _Array]: ...

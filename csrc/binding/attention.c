@@ -6,7 +6,8 @@
 #include "foldprune_attention.h"
 
 /* A (batch x heads x rows x columns) view whose columns are contiguous; -1 with an exception set
- * if the array is anything else. Lengths of 1 and 0 have no stride of their own. */
+ * if the array is anything else. Lengths of 1 and 0 have no stride of their
+ * own. */
 static int rows_from(PyArrayObject *array, const char *what, const npy_intp shape[4], int type,
                      fp_rows *out)
 {
@@ -21,6 +22,10 @@ static int rows_from(PyArrayObject *array, const char *what, const npy_intp shap
         PyErr_Format(PyExc_ValueError, "%s: expected shape (%zd, %zd, %zd, %zd)", what, shape[0],
                      shape[1], shape[2], shape[3]);
         return -1;
+    }
+    if (!PyArray_SIZE(array)) {
+        *out = (fp_rows){PyArray_DATA(array), 0, 0, shape[3]};
+        return 0;
     }
     npy_intp row = shape[2] > 1 ? PyArray_STRIDE(array, 2) : shape[3] * item;
     if ((shape[3] > 1 && PyArray_STRIDE(array, 3) != item) || row % item || row < shape[3] * item ||
@@ -44,7 +49,7 @@ static PyArrayObject *array_from(PyObject *object, const char *what)
     return (PyArrayObject *)object;
 }
 
-/* Sizes from q, k and v, which must have four dimensions; nothing is copied. */
+/* Sizes from q, k and v; nothing is copied. */
 static int problem_from(PyObject *const objects[3], PyObject *mask, fp_attention *a, int *type)
 {
     PyArrayObject *q = array_from(objects[0], "q"), *k = q ? array_from(objects[1], "k") : NULL;
@@ -93,7 +98,7 @@ static PyArrayObject *new_rows(size_t batch, size_t heads, size_t rows, size_t c
     PyArrayObject *base = (PyArrayObject *)PyArray_SimpleNew(4, shape, type);
     if (!base)
         return NULL;
-    ptrdiff_t step = (ptrdiff_t)columns, row = (ptrdiff_t)heads * step;
+    ptrdiff_t step = (ptrdiff_t)columns, row = heads ? (ptrdiff_t)heads * step : step;
     *out = (fp_rows){PyArray_DATA(base), (ptrdiff_t)rows * row, step, row};
     PyArrayObject *view = (PyArrayObject *)PyArray_SwapAxes(base, 1, 2);
     Py_DECREF(base);
@@ -211,5 +216,124 @@ PyObject *py_attention_backward(PyObject *module, PyObject *args, PyObject *kwar
     }
     for (int i = 0; i < 3; i++)
         Py_XDECREF(gradients[i]);
+    return NULL;
+}
+
+/* The arrays of a state for `heads` key/value heads; all are written to but the first two. */
+static int state_from(PyObject *tuple, size_t heads, size_t dim, int type, fp_nodes_state *state)
+{
+    static const char *const what[] = {"low", "high", "key_range", "size", "sum", "reference", "out"};
+    PyArrayObject *arrays[7];
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 7) {
+        PyErr_SetString(PyExc_TypeError, "state: expected a tuple of seven arrays");
+        return -1;
+    }
+    for (int i = 0; i < 7; i++)
+        if (typed_vector(PyTuple_GET_ITEM(tuple, i), i < 5 ? NPY_DOUBLE : type, what[i], 0,
+                         &arrays[i]))
+            return -1;
+    size_t nodes = heads ? (size_t)PyArray_SIZE(arrays[4]) / heads : 0;
+    const size_t sizes[] = {heads,         heads,         2 * heads,          heads,
+                            heads * nodes, heads * nodes, heads * nodes * dim};
+    for (int i = 0; i < 7; i++) {
+        if ((size_t)PyArray_SIZE(arrays[i]) != sizes[i] ||
+            (i > 1 && !PyArray_ISWRITEABLE(arrays[i]))) {
+            PyErr_Format(PyExc_ValueError, "%s: wrong size, or read-only", what[i]);
+            return -1;
+        }
+    }
+    *state = (fp_nodes_state){nodes,
+                              PyArray_DATA(arrays[0]),
+                              PyArray_DATA(arrays[1]),
+                              PyArray_DATA(arrays[2]),
+                              PyArray_DATA(arrays[3]),
+                              PyArray_DATA(arrays[4]),
+                              PyArray_DATA(arrays[5]),
+                              PyArray_DATA(arrays[6])};
+    return 0;
+}
+
+PyObject *py_nodes_append(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"state", "k", "v", "key_mask", "threads", "isa", NULL};
+    PyObject *tuple, *objects[3], *mask = Py_None;
+    fp_attention a = {.scale = 1.0, .tol = 1};
+    fp_nodes_state state;
+    int type, threads = 1;
+    const char *isa = NULL;
+    fp_status status;
+    PARSE("OOO|Oiz", &tuple, &objects[1], &objects[2], &mask, &threads, &isa)
+    objects[0] = objects[1]; /* sizes are the keys'; there are no queries */
+    const fp_kernels *kernels = kernels_named(module, isa);
+    if (!kernels || problem_from(objects, mask, &a, &type) ||
+        state_from(tuple, a.batch * a.kv_heads, a.value_dim, type, &state))
+        return NULL;
+    a.n = 0;
+    size_t bytes = fp_nodes_work(&a, threads);
+    void *work = new_work(bytes);
+    if (!work)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_nodes_append(kernels, &a, &state, threads, work, bytes);
+    Py_END_ALLOW_THREADS
+    PyMem_RawFree(work);
+    if (status && status != FP_ERR_RANGE)
+        return raise_status(status);
+    return PyBool_FromLong(!status);
+}
+
+PyObject *py_nodes_attend(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"state", "q", "kv_heads", "dim", "scale", "tol", "threads", NULL};
+    PyObject *tuple, *object;
+    Py_ssize_t kv_heads, dim;
+    fp_attention a = {.scale = 1.0, .tol = 1e-6};
+    fp_nodes_state state;
+    fp_rows rows;
+    int threads = 1;
+    fp_status status;
+    (void)module;
+    PARSE("OOnn|ddi", &tuple, &object, &kv_heads, &dim, &a.scale, &a.tol, &threads)
+    PyArrayObject *q = array_from(object, "q"), *out = NULL, *needed = NULL;
+    if (!q)
+        return NULL;
+    int type = PyArray_TYPE(q);
+    if (kv_heads < 1 || dim < 0 || PyArray_NDIM(q) != 4 ||
+        (type != NPY_FLOAT && type != NPY_DOUBLE)) {
+        PyErr_SetString(PyExc_ValueError, "q: expected four dimensions of float32 or float64");
+        return NULL;
+    }
+    const npy_intp *shape = PyArray_DIMS(q);
+    a.dtype = type == NPY_FLOAT ? FP_F32 : FP_F64;
+    a.batch = (size_t)shape[0];
+    a.heads = (size_t)shape[1];
+    a.n = (size_t)shape[2];
+    a.rank = (size_t)shape[3];
+    a.kv_heads = (size_t)kv_heads;
+    a.value_dim = (size_t)dim;
+    a.k.row = (ptrdiff_t)a.rank;
+    a.v.row = (ptrdiff_t)a.value_dim;
+    if (rows_from(q, "q", shape, type, &a.q) ||
+        state_from(tuple, a.batch * a.kv_heads, a.value_dim, type, &state))
+        return NULL;
+    npy_intp needed_shape[2] = {shape[0], kv_heads};
+    size_t bytes = fp_nodes_work(&a, threads);
+    out = new_rows(a.batch, a.heads, a.n, a.value_dim, type, &rows);
+    needed = out ? (PyArrayObject *)PyArray_SimpleNew(2, needed_shape, NPY_INT32) : NULL;
+    void *work = needed ? new_work(bytes) : NULL;
+    if (work) {
+        Py_BEGIN_ALLOW_THREADS
+        status = fp_nodes_attend(&a, &state, rows, PyArray_DATA(needed), threads, work, bytes);
+        Py_END_ALLOW_THREADS
+        PyMem_RawFree(work);
+        if (!status)
+            return Py_BuildValue("NN", out, needed);
+        Py_CLEAR(out);
+        if (status == FP_ERR_RANGE)
+            return Py_BuildValue("ON", Py_None, needed);
+        raise_status(status);
+    }
+    Py_XDECREF(out);
+    Py_XDECREF(needed);
     return NULL;
 }

@@ -90,6 +90,8 @@ DECLARE(swap);
 DECLARE(damage);
 DECLARE(attention);
 DECLARE(attention_backward);
+DECLARE(nodes_append);
+DECLARE(nodes_attend);
 #undef DECLARE
 
 #endif

@@ -60,6 +60,8 @@ static PyMethodDef methods[] = {
     METHOD(damage),
     METHOD(attention),
     METHOD(attention_backward),
+    METHOD(nodes_append),
+    METHOD(nodes_attend),
     {NULL, NULL, 0, NULL},
 };
 

@@ -15,7 +15,7 @@ static int rows_fit(const fp_rows *r, size_t columns)
     return r->row >= (ptrdiff_t)columns && r->row <= INT32_MAX;
 }
 
-static fp_status check(const fp_attention *a)
+fp_status fp_attention_check(const fp_attention *a)
 {
     if (!a || a->causal < 0 || a->causal > 1 || a->method > FP_ATTENTION_NODES)
         return FP_ERR_ARGUMENT;
@@ -75,7 +75,7 @@ size_t fp_slices_of(const fp_attention *a)
 
 size_t fp_attention_work(const fp_attention *a, int threads)
 {
-    if (check(a))
+    if (fp_attention_check(a))
         return 0;
     threads = fp_clamp_threads(threads);
     return a->dtype == FP_F64 ? fp_attention_work_f64(a, threads)
@@ -86,7 +86,7 @@ fp_status fp_attention_forward(const fp_kernels *kernels, const fp_attention *a,
                                double *lse, int32_t *nodes, int threads, void *work,
                                size_t work_bytes)
 {
-    fp_status status = check(a);
+    fp_status status = fp_attention_check(a);
     if (status)
         return status;
     if (!rows_fit(&out, a->value_dim))
@@ -109,7 +109,7 @@ fp_status fp_attention_forward(const fp_kernels *kernels, const fp_attention *a,
 
 size_t fp_attention_backward_work(const fp_attention *a, int threads)
 {
-    if (check(a))
+    if (fp_attention_check(a))
         return 0;
     threads = fp_clamp_threads(threads);
     return a->dtype == FP_F64 ? fp_attention_backward_work_f64(a, threads)
@@ -120,7 +120,7 @@ fp_status fp_attention_backward(const fp_kernels *kernels, const fp_attention *a
                                 const double *lse, const int32_t *nodes, fp_rows dout, fp_rows dq,
                                 fp_rows dk, fp_rows dv, int threads, void *work, size_t work_bytes)
 {
-    fp_status status = check(a);
+    fp_status status = fp_attention_check(a);
     if (status)
         return status;
     if (!rows_fit(&out, a->value_dim) || !rows_fit(&dout, a->value_dim) ||

@@ -47,4 +47,25 @@ size_t fp_attention_backward_work_f64(const fp_attention *a, int threads);
 void fp_attention_backward_f32(fp_attention_call *c);
 void fp_attention_backward_f64(fp_attention_call *c);
 
+/* A call of the state's functions. */
+typedef struct fp_nodes_call {
+    const fp_kernels *kernels;
+    const fp_attention *a;
+    const fp_nodes_state *state;
+    fp_rows out;
+    int32_t *needed;
+    int threads;
+    void *work;
+} fp_nodes_call;
+
+size_t fp_nodes_work_f32(const fp_attention *a, int threads);
+size_t fp_nodes_work_f64(const fp_attention *a, int threads);
+fp_status fp_nodes_append_f32(fp_nodes_call *c);
+fp_status fp_nodes_append_f64(fp_nodes_call *c);
+fp_status fp_nodes_attend_f32(fp_nodes_call *c);
+fp_status fp_nodes_attend_f64(fp_nodes_call *c);
+
+/* FP_OK if a problem can be worked on. */
+fp_status fp_attention_check(const fp_attention *a);
+
 #endif

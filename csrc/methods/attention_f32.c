@@ -2,3 +2,4 @@
 #define FP_REAL_DOUBLE 0
 
 #include "attention_run.h"
+#include "nodes_state_real.h"

@@ -183,13 +183,14 @@ static int node_values(const series *s, rows group[GROUPS], size_t dim, double *
     for (size_t g = 0; g * QUERIES < s->terms; g++) {
         for (size_t i = 0; i < group[g].count; i++) {
             size_t t = g * QUERIES + i;
+            const real *from = group[g].out + i * dim;
             real *to = w->values + t * dim, factor = (real)(1 / group[g].sum[i]);
             if (!group[g].seen[i])
                 return 0;
             lse[t] = row_lse(&group[g], i, 1);
             w->dot[t] = lse[t] + (node(s, t) - (double)w->q[t]) * (double)group[g].reference[i];
             for (size_t j = 0; j < dim; j++)
-                to[j] = w->sums[t * dim + j] * factor;
+                to[j] = from[j] * factor;
         }
     }
     return 1;
@@ -282,17 +283,21 @@ static void set_range(series *s, const double q[2], const double k[2])
         s->half = wide;
 }
 
+/* In float32 rounding leaves about 1e-6 of the last terms. */
+static double lowest_tol(double tol)
+{
+    return FP_REAL_DOUBLE || tol > 1e-6 ? tol : 1e-6;
+}
+
 /* Chooses the number of nodes and builds the series; s->terms = 0 if none does or is worth it. */
 static void choose(const fp_attention_call *c, const keys *ks, size_t batch, size_t kv_head,
                    series *s, scratch *work, node_work *w)
 {
     const fp_attention *a = c->a;
-    double q[2], k[2], tol = a->tol;
+    double q[2], k[2], tol = lowest_tol(a->tol);
     s->terms = 0;
     if (!ranges(a, ks, batch, kv_head, q, k))
         return;
-    if (!FP_REAL_DOUBLE && tol < 1e-6)
-        tol = 1e-6; /* what rounding leaves of the last terms */
     set_range(s, q, k);
     /* fewer could miss a feature, and were never enough for smooth distributions of keys */
     double fewest = 0.75 * s->half * (k[1] - k[0]);

@@ -1,0 +1,225 @@
+/* The state that rank-1 decoding keeps instead of keys and values. A template: see real.h. */
+#ifndef FOLDPRUNE_NODES_STATE_REAL_H
+#define FOLDPRUNE_NODES_STATE_REAL_H
+
+#include "attention_run.h"
+
+typedef struct state_run {
+    const fp_nodes_call *call;
+    real *hidden; /* batch x m, or NULL */
+    double *ranges; /* batch x kv_heads x 2: of the keys, new ones included */
+    fp_status *status;
+    scratch *scratch;
+    node_work *node_work;
+    real *f; /* a worker's series */
+    double *l, *lse;
+} state_run;
+
+static size_t lay_out_state(state_run *r, const fp_attention *a, int threads, char *base)
+{
+    size_t used = 0, workers = (size_t)threads;
+    run sizes = {.a = a, .forward = 1, .with_nodes = 1};
+    r->hidden = fp_take(base, &used, a->key_mask ? a->batch * a->m : 0, sizeof(real));
+    if (!a->key_mask)
+        r->hidden = NULL;
+    r->ranges = fp_take(base, &used, 2 * heads_of(a), sizeof(double));
+    r->status = fp_take(base, &used, heads_of(a), sizeof(fp_status));
+    r->f = fp_take(base, &used, workers * MOST_TERMS * a->value_dim, sizeof(real));
+    r->l = fp_take(base, &used, workers * MOST_TERMS, sizeof(double));
+    r->lse = fp_take(base, &used, workers * MOST_TERMS, sizeof(double));
+    r->scratch = fp_take(base, &used, workers, sizeof(scratch));
+    r->node_work = fp_take(base, &used, workers, sizeof(node_work));
+    for (size_t i = 0; i < workers; i++) {
+        scratch s;
+        node_work w;
+        used = take_scratch(&sizes, base, used, base ? &r->scratch[i] : &s);
+        used = take_node_work(&sizes, base, used, base ? &r->node_work[i] : &w);
+    }
+    return used;
+}
+
+size_t FP_REAL(fp_nodes_work)(const fp_attention *a, int threads)
+{
+    state_run r;
+    return lay_out_state(&r, a, threads, NULL);
+}
+
+/* The nodes stay where they are whatever keys come in. */
+static series series_of_state(const fp_nodes_state *state, size_t head)
+{
+    series s = {.terms = state->nodes, .middle = 0.5 * (state->low[head] + state->high[head])};
+    s.half = 0.5 * (state->high[head] - state->low[head]);
+    if (!(s.half > 0)) /* a single query */
+        s.half = 1e-3 + 1e-3 * fabs(s.middle);
+    return s;
+}
+
+/* The state's softmax at the nodes, in place. */
+static void state_rows(const fp_nodes_call *c, size_t head, rows group[GROUPS], node_work *w)
+{
+    const fp_nodes_state *state = c->state;
+    size_t terms = state->nodes, dim = c->a->value_dim;
+    series s = series_of_state(state, head);
+    for (size_t t = 0; t < terms; t++)
+        w->q[t] = (real)node(&s, t);
+    for (size_t first = 0; first < terms; first += QUERIES) {
+        size_t at_head = head * terms + first;
+        rows *r = &group[first / QUERIES];
+        *r = (rows){.q = w->q + first,
+                    .out = (real *)state->out + at_head * dim,
+                    .reference = (real *)state->reference + at_head,
+                    .sum = state->sum + at_head,
+                    .seen = w->arrays[first / QUERIES].seen,
+                    .count = least(QUERIES, terms - first)};
+        for (size_t i = 0; i < r->count; i++)
+            r->seen[i] = r->sum[i] > 0;
+    }
+}
+
+/* ---- append ---- */
+
+static void check_head(void *context, size_t head, int worker)
+{
+    state_run *r = context;
+    const fp_attention *a = r->call->a;
+    const fp_nodes_state *state = r->call->state;
+    keys ks = keys_of(a, head / a->kv_heads, head % a->kv_heads, r->hidden);
+    series s = series_of_state(state, head);
+    double *range = r->ranges + 2 * head;
+    (void)worker;
+    r->status[head] = FP_OK;
+    range[0] = state->key_range[2 * head];
+    range[1] = state->key_range[2 * head + 1];
+    for (size_t j = 0; j < a->m; j++) {
+        double x = ks.k[j * ks.k_row];
+        int finite = isfinite(x);
+        if (ks.hidden && signbit(ks.hidden[j]))
+            continue;
+        for (size_t i = 0; i < ks.dim; i++)
+            finite &= isfinite(ks.v[j * ks.v_row + i]) != 0;
+        if (!finite)
+            r->status[head] = FP_ERR_VALUE;
+        range[0] = x < range[0] ? x : range[0];
+        range[1] = x > range[1] ? x : range[1];
+    }
+    if (!r->status[head] && range[0] <= range[1] &&
+        !(0.75 * s.half * (range[1] - range[0]) <= (double)state->nodes))
+        r->status[head] = FP_ERR_RANGE;
+}
+
+static void append_head(void *context, size_t head, int worker)
+{
+    state_run *r = context;
+    const fp_attention *a = r->call->a;
+    const fp_nodes_state *state = r->call->state;
+    keys ks = keys_of(a, head / a->kv_heads, head % a->kv_heads, r->hidden);
+    rows group[GROUPS];
+    state_rows(r->call, head, group, &r->node_work[worker]);
+    for (size_t g = 0; g * QUERIES < state->nodes; g++)
+        absorb(r->call->kernels, &group[g], &ks, 0, a->m, (ptrdiff_t)a->m, 0, &r->scratch[worker]);
+    memcpy(state->key_range + 2 * head, r->ranges + 2 * head, 2 * sizeof(double));
+    double size = largest_value(&ks, a->m, 1);
+    if (size > state->size[head])
+        state->size[head] = size;
+}
+
+static fp_status worst_status(const state_run *r, size_t heads)
+{
+    fp_status worst = FP_OK;
+    for (size_t i = 0; i < heads; i++)
+        worst = r->status[i] > worst ? r->status[i] : worst;
+    return worst;
+}
+
+fp_status FP_REAL(fp_nodes_append)(fp_nodes_call *c)
+{
+    const fp_attention *a = c->a;
+    state_run r = {.call = c};
+    lay_out_state(&r, a, c->threads, c->work);
+    for (size_t i = 0; r.hidden && i < a->batch * a->m; i++)
+        r.hidden[i] = a->key_mask[i] ? (real)1 : (real)-1;
+    fp_parallel_for(heads_of(a), c->threads, check_head, &r);
+    fp_status status = worst_status(&r, heads_of(a));
+    if (!status)
+        fp_parallel_for(heads_of(a), c->threads, append_head, &r);
+    return status;
+}
+
+/* ---- attend ---- */
+
+static void attend_queries(const fp_nodes_call *c, const series *s, size_t batch, size_t head,
+                           scratch *work)
+{
+    const fp_attention *a = c->a;
+    double x[QUERIES];
+    for (size_t first = 0; first < a->n; first += QUERIES) {
+        size_t count = least(QUERIES, a->n - first), dim = a->value_dim;
+        load_queries(a, batch, head, first, count, work->q);
+        fill_basis(s, count, x, work);
+        if (dim)
+            multiply('T', 'N', count, dim, s->terms, work->basis_real, QUERIES, s->f, dim, 0,
+                     at(&c->out, batch, head, first), (size_t)c->out.row);
+    }
+}
+
+static int queries_in_range(const fp_attention *a, size_t batch, size_t head, double low,
+                            double high)
+{
+    const real scale = (real)a->scale;
+    for (size_t i = 0; i < a->n; i++) {
+        double x = scale * *at(&a->q, batch, head, i);
+        if (!(x >= low && x <= high)) /* NaN too */
+            return 0;
+    }
+    return 1;
+}
+
+static void attend_head(void *context, size_t head, int worker)
+{
+    state_run *r = context;
+    const fp_nodes_call *c = r->call;
+    const fp_attention *a = c->a;
+    node_work *w = &r->node_work[worker];
+    scratch *work = &r->scratch[worker];
+    size_t dim = a->value_dim, group = a->heads / a->kv_heads, batch = head / a->kv_heads;
+    size_t first = head % a->kv_heads * group, terms = c->state->nodes;
+    series s = series_of_state(c->state, head);
+    rows sums[GROUPS];
+    s.f = r->f + (size_t)worker * MOST_TERMS * dim;
+    s.l = r->l + (size_t)worker * MOST_TERMS;
+    s.lse = r->lse + (size_t)worker * MOST_TERMS;
+    r->status[head] = FP_OK;
+    c->needed[head] = 0;
+    for (size_t h = first; h < first + group; h++)
+        if (!queries_in_range(a, batch, h, c->state->low[head], c->state->high[head]))
+            r->status[head] = FP_ERR_RANGE;
+    state_rows(c, head, sums, w);
+    if (!node_values(&s, sums, dim, s.lse, w)) { /* no key yet */
+        memset(s.f, 0, terms * dim * sizeof *s.f);
+    } else {
+        double size = c->state->size[head] > 0 ? c->state->size[head] : 1;
+        fill_to_series(terms, w);
+        if (dim)
+            multiply('N', 'N', terms, dim, terms, w->to_series_real, terms, w->values, dim, 0, s.f,
+                     dim);
+        lse_series(w->dot, terms, w, s.l);
+        size_t needed = terms_needed(s.f, s.l, terms, dim, lowest_tol(a->tol), size);
+        if (needed) {
+            c->needed[head] = (int32_t)needed;
+            r->status[head] = FP_ERR_RANGE;
+        }
+    }
+    if (!r->status[head])
+        for (size_t h = first; h < first + group; h++)
+            attend_queries(c, &s, batch, h, work);
+}
+
+fp_status FP_REAL(fp_nodes_attend)(fp_nodes_call *c)
+{
+    state_run r = {.call = c};
+    lay_out_state(&r, c->a, c->threads, c->work);
+    fp_parallel_for(heads_of(c->a), c->threads, attend_head, &r);
+    return worst_status(&r, heads_of(c->a));
+}
+
+#endif
