@@ -12,10 +12,11 @@ static int rows_from(PyArrayObject *array, const char *what, const npy_intp shap
                      fp_rows *out)
 {
     npy_intp item = PyArray_ITEMSIZE(array);
-    if (PyArray_TYPE(array) != type || !PyArray_ISALIGNED(array) ||
-        !PyArray_ISNOTSWAPPED(array)) {
-        PyErr_Format(PyExc_TypeError, "%s: expected an aligned array of q's dtype, which is float32 "
-                     "or float64", what);
+    if (PyArray_TYPE(array) != type || !PyArray_ISALIGNED(array) || !PyArray_ISNOTSWAPPED(array)) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: expected an aligned array of q's dtype, which is float32 "
+                     "or float64",
+                     what);
         return -1;
     }
     if (PyArray_NDIM(array) != 4 || !PyArray_CompareLists(PyArray_DIMS(array), shape, 4)) {
@@ -120,8 +121,8 @@ static int method_from(const char *name, fp_attention_method *method)
 
 PyObject *py_attention(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"q",   "k",      "v",   "scale", "causal", "key_mask", "method",
-                            "tol", "threads", "isa", NULL};
+    static char *names[] = {"q",      "k",   "v",       "scale", "causal", "key_mask",
+                            "method", "tol", "threads", "isa",   NULL};
     PyObject *objects[3], *mask = Py_None;
     fp_attention a = {.scale = 1.0, .tol = 1e-6};
     int type, threads = 1;
@@ -180,8 +181,8 @@ static int results_from(PyObject *const objects[4], const fp_attention *a, int t
 
 PyObject *py_attention_backward(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"dout",   "q",        "k",       "v",   "out", "lse", "nodes", "scale",
-                            "causal", "key_mask", "threads", "isa", NULL};
+    static char *names[] = {"dout",  "q",      "k",        "v",       "out", "lse", "nodes",
+                            "scale", "causal", "key_mask", "threads", "isa", NULL};
     PyObject *inputs[3], *results[4], *mask = Py_None;
     fp_attention a = {.scale = 1.0, .tol = 1, .method = FP_ATTENTION_EXACT};
     int type, threads = 1;
@@ -222,7 +223,8 @@ PyObject *py_attention_backward(PyObject *module, PyObject *args, PyObject *kwar
 /* The arrays of a state for `heads` key/value heads; all are written to but the first two. */
 static int state_from(PyObject *tuple, size_t heads, size_t dim, int type, fp_nodes_state *state)
 {
-    static const char *const what[] = {"low", "high", "key_range", "size", "sum", "reference", "out"};
+    static const char *const what[] = {"low", "high",      "key_range", "size",
+                                       "sum", "reference", "out"};
     PyArrayObject *arrays[7];
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 7) {
         PyErr_SetString(PyExc_TypeError, "state: expected a tuple of seven arrays");

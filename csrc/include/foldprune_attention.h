@@ -51,8 +51,7 @@ fp_status fp_attention_forward(const fp_kernels *kernels, const fp_attention *a,
 size_t fp_attention_backward_work(const fp_attention *a, int threads);
 fp_status fp_attention_backward(const fp_kernels *kernels, const fp_attention *a, fp_rows out,
                                 const double *lse, const int32_t *nodes, fp_rows dout, fp_rows dq,
-                                fp_rows dk, fp_rows dv, int threads, void *work,
-                                size_t work_bytes);
+                                fp_rows dk, fp_rows dv, int threads, void *work, size_t work_bytes);
 
 /* ---- decoding with rank 1: keys and values summed up at the nodes, however many there are ---- */
 
@@ -60,13 +59,13 @@ fp_status fp_attention_backward(const fp_kernels *kernels, const fp_attention *a
  * The queries' range, key_range and size are double (batch x kv_heads) arrays; the other three have
  * `nodes` rows per head. All zero (key_range: inf, -inf) is the state without keys. */
 typedef struct fp_nodes_state {
-    size_t nodes;            /* a multiple of 16, at most 256 */
+    size_t nodes;             /* a multiple of 16, at most 256 */
     const double *low, *high; /* range of scale * q */
-    double *key_range;       /* least and largest key so far */
-    double *size;            /* largest |v| */
-    double *sum;             /* of the weights */
-    void *reference;         /* the key that weights are relative to */
-    void *out;               /* weighted sum of the values, x value_dim */
+    double *key_range;        /* least and largest key so far */
+    double *size;             /* largest |v| */
+    double *sum;              /* of the weights */
+    void *reference;          /* the key that weights are relative to */
+    void *out;                /* weighted sum of the values, x value_dim */
 } fp_nodes_state;
 
 size_t fp_nodes_work(const fp_attention *a, int threads);
@@ -74,8 +73,7 @@ size_t fp_nodes_work(const fp_attention *a, int threads);
 /* Takes in a's keys and values; a->n is 0. FP_ERR_VALUE if one is not finite, FP_ERR_RANGE if the
  * nodes are too few for the keys' and the queries' range; then the state is as it was. */
 fp_status fp_nodes_append(const fp_kernels *kernels, const fp_attention *a,
-                          const fp_nodes_state *state, int threads, void *work,
-                          size_t work_bytes);
+                          const fp_nodes_state *state, int threads, void *work, size_t work_bytes);
 
 /* Attention of a's queries to all keys so far; a->m is 0. needed (batch x kv_heads): 0, or where
  * the nodes do not reach a->tol how many might. FP_ERR_RANGE if there is such a head, or a query is

@@ -7,7 +7,6 @@
 
 #include "nodes_real.h"
 
-
 enum { PARTS = 8 }; /* of the queries where they share one series, at most */
 
 typedef struct run {
@@ -86,7 +85,8 @@ static size_t lay_out(run *r, int threads, char *base)
         size_t received = r->with_nodes ? heads * (r->capacity + PARTS * MOST_TERMS) : 0;
         r->received_f = fp_take(base, &used, received * a->value_dim, sizeof(real));
         r->received_l = fp_take(base, &used, received, sizeof(double));
-        r->dq = fp_take(base, &used, a->batch * a->heads * r->slices * a->n * a->rank, sizeof(real));
+        r->dq =
+            fp_take(base, &used, a->batch * a->heads * r->slices * a->n * a->rank, sizeof(real));
     }
     r->scratch = fp_take(base, &used, workers, sizeof(scratch));
     r->node_work = fp_take(base, &used, workers, sizeof(node_work));

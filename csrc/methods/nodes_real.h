@@ -34,8 +34,8 @@ typedef struct node_work {
     double *to_series; /* terms x terms: values at the nodes to terms */
     real *to_series_real;
     real *q, *sums, *values, *carry; /* MOST_TERMS (x dim) */
-    double *dot; /* MOST_TERMS: a number per node */
-    row_arrays *arrays; /* GROUPS */
+    double *dot;                     /* MOST_TERMS: a number per node */
+    row_arrays *arrays;              /* GROUPS */
 } node_work;
 
 /* Keys per chunk: in proportion to the nodes, so that the exact part costs about as much as the
@@ -197,10 +197,10 @@ static int node_values(const series *s, rows group[GROUPS], size_t dim, double *
 }
 
 /* The series of all prefixes with s->terms terms. Stops at one that is not good to tol and returns
- * how many terms might do, else 0. tol 0: not to be checked. Prefixes without a visible key have L =
- * -inf. */
-static size_t build(const fp_attention_call *c, const keys *ks, series *s, double tol, scratch *work,
-                 node_work *w)
+ * how many terms might do, else 0. tol 0: not to be checked. Prefixes without a visible key have L
+ * = -inf. */
+static size_t build(const fp_attention_call *c, const keys *ks, series *s, double tol,
+                    scratch *work, node_work *w)
 {
     rows group[GROUPS];
     size_t terms = s->terms, dim = ks->dim;
@@ -272,8 +272,8 @@ static int worth_it(const fp_attention *a, const series *s)
     return pairs > 1e4 + 1.5 * ((double)s->terms * m + queries * ((double)s->terms + own));
 }
 
-/* The range of a, with a margin: at its ends the derivative of p terms has p^2 times their rounding,
- * a little inside about 4 p times. A single query needs a range, too. */
+/* The range of a, with a margin: at its ends the derivative of p terms has p^2 times their
+ * rounding, a little inside about 4 p times. A single query needs a range, too. */
 static void set_range(series *s, const double q[2], const double k[2])
 {
     s->middle = 0.5 * (q[0] + q[1]);

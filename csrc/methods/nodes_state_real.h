@@ -6,7 +6,7 @@
 
 typedef struct state_run {
     const fp_nodes_call *call;
-    real *hidden; /* batch x m, or NULL */
+    real *hidden;   /* batch x m, or NULL */
     double *ranges; /* batch x kv_heads x 2: of the keys, new ones included */
     fp_status *status;
     scratch *scratch;
