@@ -169,8 +169,8 @@ def attention_backward(
     isa: str | None = None,
 ) -> tuple[_Array, _Array, _Array]: ...
 
-# A state of decoding by nodes, see fp_nodes_state: low, high, key_range, size, sum (float64),
-# reference, out (the dtype of keys, values and queries); the last five are written to.
+# A state of decoding by nodes, see fp_nodes_state: low, high, key_range, size, sum, reference, out;
+# all float64, the last five are written to.
 _Nodes = tuple[_Array, _Array, _Array, _Array, _Array, _Array, _Array]
 
 # False where the nodes are too few for the range of the keys; then nothing has changed.

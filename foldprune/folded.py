@@ -97,8 +97,8 @@ def folded_attention(
 class NodesState:
     """What decoding with rank-1 keys keeps of one layer instead of a cache of keys and values.
 
-    For each key/value head ``nodes`` * (d + 2) numbers (and four more), however many tokens have
-    been seen: softmax sums over all keys so far, for queries at Chebyshev nodes of the range that
+    For each key/value head ``nodes`` * (d + 2) float64 numbers (and four more), however many tokens
+    have been seen: softmax sums over all keys so far, for queries at Chebyshev nodes of the range that
     queries may take.
 
     Parameters
@@ -233,8 +233,8 @@ class NodesState:
         self._range = np.full((*self._shape, 2), (np.inf, -np.inf))
         self._size = np.zeros(self._shape)
         self._sum = np.zeros(rows)
-        self._reference = np.zeros(rows, self._dtype)
-        self._out = np.zeros((*rows, self._dim), self._dtype)
+        self._reference = np.zeros(rows)
+        self._out = np.zeros((*rows, self._dim))
         self.length = 0
 
     @property

@@ -407,9 +407,18 @@ def test_state_gives_attention_to_all_keys_so_far(dtype, masked):
         )
         close(state.attend(q[:, :, i : i + 1]), expected, 10 * tol)
     assert state.nbytes == size and state.length == 90
-    assert size == 2 * 2 * (state.nodes * ((5 + 1) * np.dtype(dtype).itemsize + 8) + 5 * 8)
+    assert size == 2 * 2 * 8 * (state.nodes * (5 + 2) + 5)
     everything = folded_attention(q, k, v, key_mask=mask, method="exact")
     close(state.attend(q), everything, 10 * tol)
+
+
+def test_state_does_not_tire():
+    """Ten thousand tokens one by one: rounding does not add up."""
+    q, k, v = problem((1, 1, 1, 8, 10000, 4), 1)
+    state = NodesState(k[:, :, :64], v[:, :, :64], -4, 4)
+    for i in range(64, 10000):
+        state.append(k[:, :, i : i + 1], v[:, :, i : i + 1], threads=1)
+    close(state.attend(q), reference.attention(q, k, v)[0], 2e-6)
 
 
 def test_state_without_keys_and_with_one_query():

@@ -221,7 +221,7 @@ PyObject *py_attention_backward(PyObject *module, PyObject *args, PyObject *kwar
 }
 
 /* The arrays of a state for `heads` key/value heads; all are written to but the first two. */
-static int state_from(PyObject *tuple, size_t heads, size_t dim, int type, fp_nodes_state *state)
+static int state_from(PyObject *tuple, size_t heads, size_t dim, fp_nodes_state *state)
 {
     static const char *const what[] = {"low", "high",      "key_range", "size",
                                        "sum", "reference", "out"};
@@ -231,8 +231,7 @@ static int state_from(PyObject *tuple, size_t heads, size_t dim, int type, fp_no
         return -1;
     }
     for (int i = 0; i < 7; i++)
-        if (typed_vector(PyTuple_GET_ITEM(tuple, i), i < 5 ? NPY_DOUBLE : type, what[i], 0,
-                         &arrays[i]))
+        if (typed_vector(PyTuple_GET_ITEM(tuple, i), NPY_DOUBLE, what[i], 0, &arrays[i]))
             return -1;
     size_t nodes = heads ? (size_t)PyArray_SIZE(arrays[4]) / heads : 0;
     const size_t sizes[] = {heads,         heads,         2 * heads,          heads,
@@ -268,7 +267,7 @@ PyObject *py_nodes_append(PyObject *module, PyObject *args, PyObject *kwargs)
     objects[0] = objects[1]; /* sizes are the keys'; there are no queries */
     const fp_kernels *kernels = kernels_named(module, isa);
     if (!kernels || problem_from(objects, mask, &a, &type) ||
-        state_from(tuple, a.batch * a.kv_heads, a.value_dim, type, &state))
+        state_from(tuple, a.batch * a.kv_heads, a.value_dim, &state))
         return NULL;
     a.n = 0;
     size_t bytes = fp_nodes_work(&a, threads);
@@ -316,7 +315,7 @@ PyObject *py_nodes_attend(PyObject *module, PyObject *args, PyObject *kwargs)
     a.k.row = (ptrdiff_t)a.rank;
     a.v.row = (ptrdiff_t)a.value_dim;
     if (rows_from(q, "q", shape, type, &a.q) ||
-        state_from(tuple, a.batch * a.kv_heads, a.value_dim, type, &state))
+        state_from(tuple, a.batch * a.kv_heads, a.value_dim, &state))
         return NULL;
     npy_intp needed_shape[2] = {shape[0], kv_heads};
     size_t bytes = fp_nodes_work(&a, threads);

@@ -56,16 +56,17 @@ fp_status fp_attention_backward(const fp_kernels *kernels, const fp_attention *a
 /* ---- decoding with rank 1: keys and values summed up at the nodes, however many there are ---- */
 
 /* What one layer keeps per batch and key/value head: a softmax over all keys so far for each node.
- * The queries' range, key_range and size are double (batch x kv_heads) arrays; the other three have
- * `nodes` rows per head. All zero (key_range: inf, -inf) is the state without keys. */
+ * The first four are (batch x kv_heads) arrays, the others have `nodes` rows per head; all are
+ * float64, as rounding to float32 at every token would add up. All zero (key_range: inf, -inf) is
+ * the state without keys. */
 typedef struct fp_nodes_state {
     size_t nodes;             /* a multiple of 16, at most 256 */
     const double *low, *high; /* range of scale * q */
     double *key_range;        /* least and largest key so far */
     double *size;             /* largest |v| */
     double *sum;              /* of the weights */
-    void *reference;          /* the key that weights are relative to */
-    void *out;                /* weighted sum of the values, x value_dim */
+    double *reference;        /* the key that weights are relative to */
+    double *out;              /* weighted sum of the values, x value_dim */
 } fp_nodes_state;
 
 size_t fp_nodes_work(const fp_attention *a, int threads);

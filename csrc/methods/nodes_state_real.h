@@ -12,7 +12,7 @@ typedef struct state_run {
     scratch *scratch;
     node_work *node_work;
     real *f; /* a worker's series */
-    double *l, *lse;
+    double *l;
 } state_run;
 
 static size_t lay_out_state(state_run *r, const fp_attention *a, int threads, char *base)
@@ -26,7 +26,6 @@ static size_t lay_out_state(state_run *r, const fp_attention *a, int threads, ch
     r->status = fp_take(base, &used, heads_of(a), sizeof(fp_status));
     r->f = fp_take(base, &used, workers * MOST_TERMS * a->value_dim, sizeof(real));
     r->l = fp_take(base, &used, workers * MOST_TERMS, sizeof(double));
-    r->lse = fp_take(base, &used, workers * MOST_TERMS, sizeof(double));
     r->scratch = fp_take(base, &used, workers, sizeof(scratch));
     r->node_work = fp_take(base, &used, workers, sizeof(node_work));
     for (size_t i = 0; i < workers; i++) {
@@ -52,28 +51,6 @@ static series series_of_state(const fp_nodes_state *state, size_t head)
     if (!(s.half > 0)) /* a single query */
         s.half = 1e-3 + 1e-3 * fabs(s.middle);
     return s;
-}
-
-/* The state's softmax at the nodes, in place. */
-static void state_rows(const fp_nodes_call *c, size_t head, rows group[GROUPS], node_work *w)
-{
-    const fp_nodes_state *state = c->state;
-    size_t terms = state->nodes, dim = c->a->value_dim;
-    series s = series_of_state(state, head);
-    for (size_t t = 0; t < terms; t++)
-        w->q[t] = (real)node(&s, t);
-    for (size_t first = 0; first < terms; first += QUERIES) {
-        size_t at_head = head * terms + first;
-        rows *r = &group[first / QUERIES];
-        *r = (rows){.q = w->q + first,
-                    .out = (real *)state->out + at_head * dim,
-                    .reference = (real *)state->reference + at_head,
-                    .sum = state->sum + at_head,
-                    .seen = w->arrays[first / QUERIES].seen,
-                    .count = least(QUERIES, terms - first)};
-        for (size_t i = 0; i < r->count; i++)
-            r->seen[i] = r->sum[i] > 0;
-    }
 }
 
 /* ---- append ---- */
@@ -107,16 +84,40 @@ static void check_head(void *context, size_t head, int worker)
         r->status[head] = FP_ERR_RANGE;
 }
 
+/* Adds the softmax of new keys at node t, which has a query there, to the state's. In float64:
+ * rounding to float32 at every token would add up. */
+static void merge_row(const fp_nodes_state *state, size_t t, const rows *r, size_t i, size_t dim)
+{
+    double a = r->q[i], reference = r->reference[i], old = state->reference[t];
+    double added = 1, kept = 0;
+    if (state->sum[t] > 0) {
+        if (a >= 0 ? old > reference : old < reference) {
+            added = exp(a * (reference - old));
+            reference = old;
+        }
+        kept = exp(a * (old - reference));
+    }
+    state->reference[t] = reference;
+    state->sum[t] = kept * state->sum[t] + added * r->sum[i];
+    for (size_t j = 0; j < dim; j++)
+        state->out[t * dim + j] = kept * state->out[t * dim + j] + added * r->out[i * dim + j];
+}
+
 static void append_head(void *context, size_t head, int worker)
 {
     state_run *r = context;
     const fp_attention *a = r->call->a;
     const fp_nodes_state *state = r->call->state;
     keys ks = keys_of(a, head / a->kv_heads, head % a->kv_heads, r->hidden);
+    series s = series_of_state(state, head);
     rows group[GROUPS];
-    state_rows(r->call, head, group, &r->node_work[worker]);
-    for (size_t g = 0; g * QUERIES < state->nodes; g++)
+    begin_nodes(&s, group, ks.dim, &r->node_work[worker]);
+    for (size_t g = 0; g * QUERIES < s.terms; g++) {
         absorb(r->call->kernels, &group[g], &ks, 0, a->m, (ptrdiff_t)a->m, 0, &r->scratch[worker]);
+        for (size_t i = 0; i < group[g].count; i++)
+            if (group[g].seen[i])
+                merge_row(state, head * s.terms + g * QUERIES + i, &group[g], i, ks.dim);
+    }
     memcpy(state->key_range + 2 * head, r->ranges + 2 * head, 2 * sizeof(double));
     double size = largest_value(&ks, a->m, 1);
     if (size > state->size[head])
@@ -146,6 +147,22 @@ fp_status FP_REAL(fp_nodes_append)(fp_nodes_call *c)
 }
 
 /* ---- attend ---- */
+
+/* F at the nodes, and L before the nodes' rounding; 0 where no key was visible. */
+static int state_values(const fp_nodes_state *state, const series *s, size_t head, size_t dim,
+                        node_work *w)
+{
+    for (size_t t = 0; t < s->terms; t++) {
+        size_t at_state = head * s->terms + t;
+        double sum = state->sum[at_state];
+        if (!(sum > 0))
+            return 0;
+        w->dot[t] = node(s, t) * state->reference[at_state] + log(sum);
+        for (size_t j = 0; j < dim; j++)
+            w->values[t * dim + j] = (real)(state->out[at_state * dim + j] / sum);
+    }
+    return 1;
+}
 
 static void attend_queries(const fp_nodes_call *c, const series *s, size_t batch, size_t head,
                            scratch *work)
@@ -184,17 +201,14 @@ static void attend_head(void *context, size_t head, int worker)
     size_t dim = a->value_dim, group = a->heads / a->kv_heads, batch = head / a->kv_heads;
     size_t first = head % a->kv_heads * group, terms = c->state->nodes;
     series s = series_of_state(c->state, head);
-    rows sums[GROUPS];
     s.f = r->f + (size_t)worker * MOST_TERMS * dim;
     s.l = r->l + (size_t)worker * MOST_TERMS;
-    s.lse = r->lse + (size_t)worker * MOST_TERMS;
     r->status[head] = FP_OK;
     c->needed[head] = 0;
     for (size_t h = first; h < first + group; h++)
         if (!queries_in_range(a, batch, h, c->state->low[head], c->state->high[head]))
             r->status[head] = FP_ERR_RANGE;
-    state_rows(c, head, sums, w);
-    if (!node_values(&s, sums, dim, s.lse, w)) { /* no key yet */
+    if (!state_values(c->state, &s, head, dim, w)) { /* no key yet */
         memset(s.f, 0, terms * dim * sizeof *s.f);
     } else {
         double size = c->state->size[head] > 0 ? c->state->size[head] : 1;

@@ -229,8 +229,8 @@ static void test_state(fp_dtype dtype, int threads)
     const double low[KV] = {-2, -2}, high[KV] = {2, 2};
     double range[2 * KV] = {INFINITY, -INFINITY, INFINITY, -INFINITY}, size[KV] = {0};
     double *sum = calloc(KV * NODES, sizeof *sum), expected[DIM], worst = 0;
-    void *reference = calloc(KV * NODES, fp_dtype_size(dtype));
-    void *sums = calloc(KV * NODES * DIM, fp_dtype_size(dtype));
+    double *reference = calloc(KV * NODES, sizeof *reference);
+    double *sums = calloc(KV * NODES * DIM, sizeof *sums);
     fp_nodes_state s = {NODES, low, high, range, size, sum, reference, sums};
     fp_rows out = rows_new(dtype, 1, HEADS, N, DIM, 0);
     int32_t needed[KV];
