@@ -7,7 +7,7 @@
 #include "kernels.h"
 
 enum {
-    FP_TILE_QUERIES = 64,
+    FP_TILE_QUERIES = 128,
     FP_TILE_KEYS = 256,  /* logits of a tile stay in the second-level cache */
     FP_TILE_SLICES = 8,  /* at most, of the keys in the backward pass */
     FP_LEAST_NODES = 16, /* their number is always a multiple of this */

@@ -48,11 +48,18 @@ static size_t take_scratch(const run *r, char *base, size_t used, scratch *s)
     return used;
 }
 
+static size_t take_tables(char *base, size_t used, size_t terms, node_tables *tables)
+{
+    tables->unit = fp_take(base, &used, terms, sizeof(double));
+    tables->to_series = fp_take(base, &used, terms * terms, sizeof(double));
+    tables->to_series_real = fp_take(base, &used, terms * terms, sizeof(real));
+    return used;
+}
+
+/* All but the tables. */
 static size_t take_node_work(const run *r, char *base, size_t used, node_work *w)
 {
     size_t dim = r->a->value_dim;
-    w->to_series = fp_take(base, &used, MOST_TERMS * MOST_TERMS, sizeof(double));
-    w->to_series_real = fp_take(base, &used, MOST_TERMS * MOST_TERMS, sizeof(real));
     w->q = fp_take(base, &used, MOST_TERMS, sizeof(real));
     w->sums = fp_take(base, &used, MOST_TERMS * dim, sizeof(real));
     w->values = fp_take(base, &used, MOST_TERMS * dim, sizeof(real));
@@ -94,8 +101,11 @@ static size_t lay_out(run *r, int threads, char *base)
         scratch s;
         node_work w;
         used = take_scratch(r, base, used, base ? &r->scratch[i] : &s);
-        if (r->with_nodes)
-            used = take_node_work(r, base, used, base ? &r->node_work[i] : &w);
+        if (r->with_nodes) {
+            node_work *to = base ? &r->node_work[i] : &w;
+            used = take_tables(base, used, MOST_TERMS, &to->tables);
+            used = take_node_work(r, base, used, to);
+        }
     }
     return used;
 }

@@ -29,20 +29,26 @@ typedef struct series {
     double *l, *lse;            /* count x terms: series of L, and L at the nodes */
 } series;
 
-/* A worker's buffers for series. */
-typedef struct node_work {
+/* What depends on the number of nodes alone. */
+typedef struct node_tables {
+    double *unit;      /* terms: the nodes of [-1, 1] */
     double *to_series; /* terms x terms: values at the nodes to terms */
     real *to_series_real;
+} node_tables;
+
+/* A worker's buffers for series. */
+typedef struct node_work {
+    node_tables tables;
     real *q, *sums, *values, *carry; /* MOST_TERMS (x dim) */
     double *dot;                     /* MOST_TERMS: a number per node */
     row_arrays *arrays;              /* GROUPS */
 } node_work;
 
-/* Keys per chunk: in proportion to the nodes, so that the exact part costs about as much as the
- * series, and the series take at most a quarter of the room that the values do. */
+/* Keys per chunk, whole tiles: in proportion to the nodes, so that the exact part costs about as
+ * much as the series, and the series take at most a quarter of the room that the values do. */
 static size_t chunk_of(size_t terms)
 {
-    return terms <= 32 ? 128 : 4 * terms;
+    return (4 * terms + QUERIES - 1) / QUERIES * QUERIES;
 }
 
 static void place_prefixes(const fp_attention *a, size_t terms, series *out)
@@ -72,35 +78,50 @@ static size_t terms_capacity(const fp_attention *a)
 
 /* ---- values at the nodes to terms ---- */
 
-static double node(const series *s, size_t t)
+static void fill_unit(size_t terms, node_tables *tables)
 {
-    return s->middle + s->half * cos(PI * (double)t / (double)(s->terms - 1));
+    for (size_t t = 0; t < terms; t++)
+        tables->unit[t] = cos(PI * (double)t / (double)(terms - 1));
 }
 
-static void fill_to_series(size_t terms, node_work *w)
+static void fill_tables(size_t terms, node_tables *tables)
 {
     size_t n = terms - 1;
-    double cosines[2 * MOST_TERMS];
-    for (size_t i = 0; i < 2 * n; i++)
-        cosines[i] = cos(PI * (double)i / (double)n);
+    fill_unit(terms, tables);
     for (size_t k = 0; k <= n; k++) {
-        for (size_t t = 0; t <= n; t++) {
+        double *to = tables->to_series + k * terms;
+        real *to_real = tables->to_series_real + k * terms;
+        for (size_t t = 0, angle = 0; t <= n; t++) { /* angle: k t modulo 2 n */
             double halved = (k == 0 || k == n ? 0.5 : 1.0) * (t == 0 || t == n ? 0.5 : 1.0);
-            double value = halved * 2 / (double)n * cosines[k * t % (2 * n)];
-            w->to_series[k * terms + t] = value;
-            w->to_series_real[k * terms + t] = (real)value;
+            to[t] = halved * 2 / (double)n * tables->unit[angle <= n ? angle : 2 * n - angle];
+            to_real[t] = (real)to[t];
+            angle += k;
+            angle -= angle >= 2 * n ? 2 * n : 0;
         }
     }
 }
 
-static void lse_series(const double *lse, size_t terms, const node_work *w, double *l)
+static double node(const series *s, const node_work *w, size_t t)
 {
-    for (size_t k = 0; k < terms; k++) {
+    return s->middle + s->half * w->tables.unit[t];
+}
+
+/* Terms from `from` on. */
+static void lse_series(const double *lse, size_t terms, size_t from, const node_work *w, double *l)
+{
+    for (size_t k = from; k < terms; k++) {
         double sum = 0;
         for (size_t t = 0; t < terms; t++)
-            sum += w->to_series[k * terms + t] * lse[t];
+            sum += w->tables.to_series[k * terms + t] * lse[t];
         l[k] = sum;
     }
+}
+
+static void values_series(size_t terms, size_t dim, size_t from, const node_work *w, real *f)
+{
+    if (dim)
+        multiply('N', 'N', terms - from, dim, terms, w->tables.to_series_real + from * terms, terms,
+                 w->values, dim, 0, f + from * dim, dim);
 }
 
 /* What the terms from .. to - 1 of F add up to at most, in the worst column, over the size of the
@@ -169,7 +190,7 @@ static double size_of_values(const keys *ks, size_t m)
 static void begin_nodes(const series *s, rows group[GROUPS], size_t dim, node_work *w)
 {
     for (size_t t = 0; t < s->terms; t++)
-        w->q[t] = (real)node(s, t);
+        w->q[t] = (real)node(s, w, t);
     for (size_t g = 0; g * QUERIES < s->terms; g++)
         group[g] = rows_new(&w->arrays[g], w->q + g * QUERIES, w->sums + g * QUERIES * dim,
                             least(QUERIES, s->terms - g * QUERIES), dim);
@@ -188,7 +209,7 @@ static int node_values(const series *s, rows group[GROUPS], size_t dim, double *
             if (!group[g].seen[i])
                 return 0;
             lse[t] = row_lse(&group[g], i, 1);
-            w->dot[t] = lse[t] + (node(s, t) - (double)w->q[t]) * (double)group[g].reference[i];
+            w->dot[t] = lse[t] + (node(s, w, t) - (double)w->q[t]) * (double)group[g].reference[i];
             for (size_t j = 0; j < dim; j++)
                 to[j] = from[j] * factor;
         }
@@ -205,7 +226,7 @@ static size_t build(const fp_attention_call *c, const keys *ks, series *s, doubl
     rows group[GROUPS];
     size_t terms = s->terms, dim = ks->dim;
     double size = size_of_values(ks, c->a->m);
-    fill_to_series(terms, w);
+    fill_tables(terms, &w->tables);
     begin_nodes(s, group, dim, w);
     for (size_t i = 0, begin = 0; i < s->count; i++) {
         size_t end = (s->first + i) * s->chunk;
@@ -220,10 +241,8 @@ static size_t build(const fp_attention_call *c, const keys *ks, series *s, doubl
                 l[t] = lse[t] = -INFINITY;
             continue;
         }
-        if (dim)
-            multiply('N', 'N', terms, dim, terms, w->to_series_real, terms, w->values, dim, 0, f,
-                     dim);
-        lse_series(w->dot, terms, w, l);
+        values_series(terms, dim, 0, w, f);
+        lse_series(w->dot, terms, 0, w, l);
         size_t needed = tol > 0 ? terms_needed(f, l, terms, dim, tol, size) : 0;
         if (needed)
             return needed;
@@ -261,7 +280,7 @@ static int ranges(const fp_attention *a, const keys *ks, size_t batch, size_t kv
 }
 
 /* Whether nodes take less time than all pairs of queries and keys would. Measured in pairs, each an
- * exponential and a row of V: a head with 32 nodes breaks even at about 180 queries and keys, a
+ * exponential and a row of V: a head with 32 nodes breaks even at about 200 queries and keys, a
  * causal one at 500, which is the constant part and the factor. */
 static int worth_it(const fp_attention *a, const series *s)
 {
@@ -269,7 +288,7 @@ static int worth_it(const fp_attention *a, const series *s)
     double unseen = a->causal ? 0.5 * (double)least(a->n, a->m) : 0;
     double pairs = queries * (m - unseen);
     double own = a->causal ? 0.5 * (double)s->chunk : 0;
-    return pairs > 1e4 + 1.5 * ((double)s->terms * m + queries * ((double)s->terms + own));
+    return pairs > 1e4 + 2 * ((double)s->terms * m + queries * ((double)s->terms + own));
 }
 
 /* The range of a, with a margin: at its ends the derivative of p terms has p^2 times their
@@ -299,8 +318,8 @@ static void choose(const fp_attention_call *c, const keys *ks, size_t batch, siz
     if (!ranges(a, ks, batch, kv_head, q, k))
         return;
     set_range(s, q, k);
-    /* fewer could miss a feature, and were never enough for smooth distributions of keys */
-    double fewest = 0.75 * s->half * (k[1] - k[0]);
+    /* half as many could miss a feature; smooth distributions of keys need about this many */
+    double fewest = s->half * (k[1] - k[0]);
     size_t terms = fewest < MOST_TERMS ? (size_t)fewest / NODES_STEP * NODES_STEP + NODES_STEP
                                        : MOST_TERMS + 1;
     while (terms && terms <= MOST_TERMS) {
@@ -317,30 +336,31 @@ static void choose(const fp_attention_call *c, const keys *ks, size_t batch, siz
 
 /* ---- evaluation of the series ---- */
 
-/* T_k(x_i) of s->terms terms x QUERIES, for queries in work->q. */
+/* T_k(x_i) of s->terms terms x QUERIES, for queries in work->q; zero queries up to whole vectors.
+ */
 static void fill_basis(const series *s, size_t count, double x[QUERIES], scratch *work)
 {
-    double *t = work->basis;
-    for (size_t i = 0; i < QUERIES; i++) {
+    size_t lanes = (count + 7) / 8 * 8;
+    for (size_t i = 0; i < lanes; i++) {
         double at_i = i < count ? ((double)work->q[i] - s->middle) / s->half : 0;
         x[i] = at_i < -1 ? -1 : at_i > 1 ? 1 : at_i;
-        t[i] = 1;
-        t[QUERIES + i] = x[i];
     }
-    for (size_t k = 2; k < s->terms; k++) {
-        double *next = t + k * QUERIES;
-        for (size_t i = 0; i < QUERIES; i++)
-            next[i] = 2 * x[i] * next[i - QUERIES] - next[(ptrdiff_t)i - 2 * QUERIES];
+    for (size_t k = 0; k < s->terms; k++) {
+        double *t = work->basis + k * QUERIES;
+        const double *one = t - (k > 0) * QUERIES, *two = one - (k > 1) * QUERIES;
+        for (size_t i = 0; i < lanes; i++) {
+            t[i] = k == 0 ? 1 : k == 1 ? x[i] : 2 * x[i] * one[i] - two[i];
+            work->basis_real[k * QUERIES + i] = (real)t[i];
+        }
     }
-    for (size_t k = 0; k < s->terms * QUERIES; k++)
-        work->basis_real[k] = (real)t[k];
 }
 
-static void series_lse(const double *l, size_t terms, const double *basis, double out[QUERIES])
+static void series_lse(const double *l, size_t terms, const double *basis, size_t count,
+                       double out[QUERIES])
 {
-    memset(out, 0, QUERIES * sizeof *out);
+    memset(out, 0, count * sizeof *out);
     for (size_t k = 0; k < terms; k++)
-        for (size_t i = 0; i < QUERIES; i++)
+        for (size_t i = 0; i < count; i++)
             out[i] += l[k] * basis[k * QUERIES + i];
 }
 
@@ -366,12 +386,12 @@ static void nodes_tile(const fp_attention_call *c, const keys *ks, const series 
     row_arrays arrays;
     rows r = rows_new(&arrays, work->q, work->out, t.count, dim);
     load_queries(a, batch, head, t.query, t.count, work->q);
-    for (size_t i = 0; i < QUERIES; i++)
+    for (size_t i = 0; i < t.count; i++)
         lse[i] = -INFINITY;
     memset(work->series, 0, t.count * dim * sizeof *work->series);
     if (prefix < s->count) {
         fill_basis(s, t.count, x, work);
-        series_lse(s->l + prefix * s->terms, s->terms, work->basis, lse);
+        series_lse(s->l + prefix * s->terms, s->terms, work->basis, t.count, lse);
         if (dim)
             multiply('T', 'N', t.count, dim, s->terms, work->basis_real, QUERIES,
                      s->f + prefix * s->terms * dim, dim, 0, work->series, dim);
@@ -413,7 +433,7 @@ static void prefix_gradients(const fp_attention_call *c, const series *s, size_t
     const double *l = s->l + prefix * terms, *basis = work->basis;
     double x[QUERIES], lse[QUERIES], dot[QUERIES] = {0};
     fill_basis(s, t.count, x, work);
-    series_lse(l, terms, basis, lse);
+    series_lse(l, terms, basis, t.count, lse);
     for (size_t i = 0; i < t.count; i++) {
         double weight = exp(lse[i] - c->lse[(batch * a->heads + head) * a->n + t.query + i]);
         const real *dout = at(&c->dout, batch, head, t.query + i);
@@ -433,14 +453,14 @@ static void prefix_gradients(const fp_attention_call *c, const series *s, size_t
     }
     double value[QUERIES] = {0}, slope[QUERIES] = {0}, l_slope[QUERIES] = {0};
     double u[QUERIES], u_before[QUERIES] = {0}; /* T_k' = k U_(k-1) */
-    for (size_t i = 0; i < QUERIES; i++)
+    for (size_t i = 0; i < t.count; i++)
         u[i] = 1;
     for (size_t k = 0; k < terms; k++) {
         double sum = 0;
         for (size_t i = 0; i < t.count; i++)
             sum += basis[k * QUERIES + i] * dot[i];
         to.l[k] += sum;
-        for (size_t i = 0; i < QUERIES; i++) {
+        for (size_t i = 0; i < t.count; i++) {
             double inner = work->inner[k * QUERIES + i];
             double derivative = (double)k * u_before[i], next = 2 * x[i] * u[i] - u_before[i];
             value[i] += basis[k * QUERIES + i] * inner;
@@ -484,9 +504,9 @@ static void keys_from_series(const fp_attention_call *c, const keys *ks, const s
     gradients g;
     memset(w->carry, 0, terms * dim * sizeof *w->carry);
     memset(w->dot, 0, terms * sizeof *w->dot);
+    fill_tables(terms, &w->tables);
     for (size_t t = 0; t < terms; t++)
-        w->q[t] = (real)node(s, t);
-    fill_to_series(terms, w);
+        w->q[t] = (real)node(s, w, t);
     for (size_t i = s->count; i-- && s->lse[i * terms] > -INFINITY;) {
         size_t end = (s->first + i) * s->chunk, begin = i ? end - s->chunk : 0;
         const double *lse = s->lse + i * terms;
@@ -494,11 +514,11 @@ static void keys_from_series(const fp_attention_call *c, const keys *ks, const s
             double less = i + 1 < s->count ? exp(lse[t] - lse[terms + t]) : 0, sum = 0;
             scale_row(w->carry + t * dim, dim, (real)less);
             for (size_t k = 0; k < terms; k++)
-                sum += w->to_series[k * terms + t] * parts.l[i * terms + k];
+                sum += w->tables.to_series[k * terms + t] * parts.l[i * terms + k];
             w->dot[t] = w->dot[t] * less + sum;
         }
         if (dim)
-            multiply('T', 'N', terms, dim, terms, w->to_series_real, terms,
+            multiply('T', 'N', terms, dim, terms, w->tables.to_series_real, terms,
                      parts.f + i * terms * dim, dim, 1, w->carry, dim);
         for (size_t first = 0; first < terms; first += QUERIES) {
             g.q = w->q + first;

@@ -13,6 +13,8 @@ typedef struct state_run {
     node_work *node_work;
     real *f; /* a worker's series */
     double *l;
+    node_tables tables;
+    real *lagrange; /* a worker's, QUERIES x MOST_TERMS */
 } state_run;
 
 static size_t lay_out_state(state_run *r, const fp_attention *a, int threads, char *base)
@@ -26,13 +28,17 @@ static size_t lay_out_state(state_run *r, const fp_attention *a, int threads, ch
     r->status = fp_take(base, &used, heads_of(a), sizeof(fp_status));
     r->f = fp_take(base, &used, workers * MOST_TERMS * a->value_dim, sizeof(real));
     r->l = fp_take(base, &used, workers * MOST_TERMS, sizeof(double));
+    r->lagrange = fp_take(base, &used, workers * QUERIES * MOST_TERMS, sizeof(real));
+    used = take_tables(base, used, MOST_TERMS, &r->tables);
     r->scratch = fp_take(base, &used, workers, sizeof(scratch));
     r->node_work = fp_take(base, &used, workers, sizeof(node_work));
     for (size_t i = 0; i < workers; i++) {
         scratch s;
         node_work w;
         used = take_scratch(&sizes, base, used, base ? &r->scratch[i] : &s);
-        used = take_node_work(&sizes, base, used, base ? &r->node_work[i] : &w);
+        node_work *to = base ? &r->node_work[i] : &w;
+        used = take_node_work(&sizes, base, used, to);
+        to->tables = r->tables;
     }
     return used;
 }
@@ -80,7 +86,7 @@ static void check_head(void *context, size_t head, int worker)
         range[1] = x > range[1] ? x : range[1];
     }
     if (!r->status[head] && range[0] <= range[1] &&
-        !(0.75 * s.half * (range[1] - range[0]) <= (double)state->nodes))
+        !(0.5 * s.half * (range[1] - range[0]) <= (double)state->nodes))
         r->status[head] = FP_ERR_RANGE;
 }
 
@@ -141,9 +147,11 @@ fp_status FP_REAL(fp_nodes_append)(fp_nodes_call *c)
         r.hidden[i] = a->key_mask[i] ? (real)1 : (real)-1;
     fp_parallel_for(heads_of(a), c->threads, check_head, &r);
     fp_status status = worst_status(&r, heads_of(a));
-    if (!status)
-        fp_parallel_for(heads_of(a), c->threads, append_head, &r);
-    return status;
+    if (status)
+        return status;
+    fill_unit(c->state->nodes, &r.tables);
+    fp_parallel_for(heads_of(a), c->threads, append_head, &r);
+    return FP_OK;
 }
 
 /* ---- attend ---- */
@@ -157,26 +165,45 @@ static int state_values(const fp_nodes_state *state, const series *s, size_t hea
         double sum = state->sum[at_state];
         if (!(sum > 0))
             return 0;
-        w->dot[t] = node(s, t) * state->reference[at_state] + log(sum);
+        w->dot[t] = node(s, w, t) * state->reference[at_state] + log(sum);
         for (size_t j = 0; j < dim; j++)
             w->values[t * dim + j] = (real)(state->out[at_state * dim + j] / sum);
     }
     return 1;
 }
 
+/* Interpolates by Lagrange's polynomials, the basis times to_series: for a few queries that takes
+ * less than the series itself would. */
 static void attend_queries(const fp_nodes_call *c, const series *s, size_t batch, size_t head,
-                           scratch *work)
+                           real *lagrange, scratch *work, const node_work *w)
 {
     const fp_attention *a = c->a;
+    size_t dim = a->value_dim, terms = s->terms;
     double x[QUERIES];
-    for (size_t first = 0; first < a->n; first += QUERIES) {
-        size_t count = least(QUERIES, a->n - first), dim = a->value_dim;
+    for (size_t first = 0; first < a->n && dim; first += QUERIES) {
+        size_t count = least(QUERIES, a->n - first);
         load_queries(a, batch, head, first, count, work->q);
         fill_basis(s, count, x, work);
-        if (dim)
-            multiply('T', 'N', count, dim, s->terms, work->basis_real, QUERIES, s->f, dim, 0,
-                     at(&c->out, batch, head, first), (size_t)c->out.row);
+        multiply('T', 'N', count, terms, terms, work->basis_real, QUERIES, w->tables.to_series_real,
+                 terms, 0, lagrange, terms);
+        multiply('N', 'N', count, dim, terms, lagrange, terms, w->values, dim, 0,
+                 at(&c->out, batch, head, first), (size_t)c->out.row);
     }
+}
+
+/* Whether the nodes do: of the series only the last quarter is formed; if not, how many might. */
+static size_t nodes_needed(const fp_nodes_call *c, size_t head, real *f, double *l, node_work *w)
+{
+    size_t terms = c->state->nodes, dim = c->a->value_dim, from = terms - terms / 4;
+    double tol = lowest_tol(c->a->tol), size = c->state->size[head];
+    size = size > 0 ? size : 1;
+    values_series(terms, dim, from, w, f);
+    lse_series(w->dot, terms, from, w, l);
+    if (part_of_series(f, l, dim, from, terms, size) <= tol)
+        return 0;
+    values_series(terms, dim, 0, w, f);
+    lse_series(w->dot, terms, 0, w, l);
+    return terms_needed(f, l, terms, dim, tol, size);
 }
 
 static int queries_in_range(const fp_attention *a, size_t batch, size_t head, double low,
@@ -197,41 +224,35 @@ static void attend_head(void *context, size_t head, int worker)
     const fp_nodes_call *c = r->call;
     const fp_attention *a = c->a;
     node_work *w = &r->node_work[worker];
-    scratch *work = &r->scratch[worker];
     size_t dim = a->value_dim, group = a->heads / a->kv_heads, batch = head / a->kv_heads;
-    size_t first = head % a->kv_heads * group, terms = c->state->nodes;
+    size_t first = head % a->kv_heads * group;
     series s = series_of_state(c->state, head);
-    s.f = r->f + (size_t)worker * MOST_TERMS * dim;
-    s.l = r->l + (size_t)worker * MOST_TERMS;
+    real *f = r->f + (size_t)worker * MOST_TERMS * dim;
+    double *l = r->l + (size_t)worker * MOST_TERMS;
     r->status[head] = FP_OK;
     c->needed[head] = 0;
     for (size_t h = first; h < first + group; h++)
         if (!queries_in_range(a, batch, h, c->state->low[head], c->state->high[head]))
             r->status[head] = FP_ERR_RANGE;
     if (!state_values(c->state, &s, head, dim, w)) { /* no key yet */
-        memset(s.f, 0, terms * dim * sizeof *s.f);
+        memset(w->values, 0, s.terms * dim * sizeof *w->values);
     } else {
-        double size = c->state->size[head] > 0 ? c->state->size[head] : 1;
-        fill_to_series(terms, w);
-        if (dim)
-            multiply('N', 'N', terms, dim, terms, w->to_series_real, terms, w->values, dim, 0, s.f,
-                     dim);
-        lse_series(w->dot, terms, w, s.l);
-        size_t needed = terms_needed(s.f, s.l, terms, dim, lowest_tol(a->tol), size);
-        if (needed) {
-            c->needed[head] = (int32_t)needed;
+        c->needed[head] = (int32_t)nodes_needed(c, head, f, l, w);
+        if (c->needed[head])
             r->status[head] = FP_ERR_RANGE;
-        }
     }
-    if (!r->status[head])
-        for (size_t h = first; h < first + group; h++)
-            attend_queries(c, &s, batch, h, work);
+    if (r->status[head])
+        return;
+    for (size_t h = first; h < first + group; h++)
+        attend_queries(c, &s, batch, h, r->lagrange + (size_t)worker * QUERIES * MOST_TERMS,
+                       &r->scratch[worker], w);
 }
 
 fp_status FP_REAL(fp_nodes_attend)(fp_nodes_call *c)
 {
     state_run r = {.call = c};
     lay_out_state(&r, c->a, c->threads, c->work);
+    fill_tables(c->state->nodes, &r.tables);
     fp_parallel_for(heads_of(c->a), c->threads, attend_head, &r);
     return worst_status(&r, heads_of(c->a));
 }
