@@ -147,7 +147,7 @@ def test_large_offsets():
 def test_not_finite_is_never_hidden(method, rank, name, value):
     """Just the rows that the definition makes NaN or infinite are, the others are right."""
     arrays = [x.copy() for x in problem((1, 1, 1, 40, 80, 3), rank)]
-    arrays[name][0, 0, 7] = value
+    arrays[name][0, 0, 7, 0] = value
     with np.errstate(invalid="ignore"):
         expected, _ = reference.attention(*arrays)
     out = folded_attention(*arrays, method=method)

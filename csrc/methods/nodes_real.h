@@ -84,11 +84,12 @@ static void fill_unit(size_t terms, node_tables *tables)
         tables->unit[t] = cos(PI * (double)t / (double)(terms - 1));
 }
 
-static void fill_tables(size_t terms, node_tables *tables)
+/* to_series for the terms from `from` on. */
+static void fill_tables(size_t terms, size_t from, node_tables *tables)
 {
     size_t n = terms - 1;
     fill_unit(terms, tables);
-    for (size_t k = 0; k <= n; k++) {
+    for (size_t k = from; k <= n; k++) {
         double *to = tables->to_series + k * terms;
         real *to_real = tables->to_series_real + k * terms;
         for (size_t t = 0, angle = 0; t <= n; t++) { /* angle: k t modulo 2 n */
@@ -137,15 +138,15 @@ static double part_of_series(const real *f, const double *l, size_t dim, size_t 
         double sum = 0;
         for (size_t k = from; k < to; k++)
             sum += fabs((double)f[k * dim + j]);
-        if (!(sum <= worst))
-            worst = sum;
+        if (sum > worst || isnan(sum))
+            worst = sum; /* once NaN it stays so */
     }
     return worst / size;
 }
 
-/* 0 if the series is good to tol, else how many terms might do. If terms fall by a factor of 3 or
- * more over a quarter of them, what was left out and what it was mistaken for come to less than the
- * last quarter. */
+/* 0 if the series is good to tol, else how many terms might do; by its last two quarters. If terms
+ * fall by a factor of 3 or more over a quarter of them, what was left out and what it was mistaken
+ * for come to less than the last quarter. */
 static size_t terms_needed(const real *f, const double *l, size_t terms, size_t dim, double tol,
                            double size)
 {
@@ -226,7 +227,7 @@ static size_t build(const fp_attention_call *c, const keys *ks, series *s, doubl
     rows group[GROUPS];
     size_t terms = s->terms, dim = ks->dim;
     double size = size_of_values(ks, c->a->m);
-    fill_tables(terms, &w->tables);
+    fill_tables(terms, 0, &w->tables);
     begin_nodes(s, group, dim, w);
     for (size_t i = 0, begin = 0; i < s->count; i++) {
         size_t end = (s->first + i) * s->chunk;
@@ -504,7 +505,7 @@ static void keys_from_series(const fp_attention_call *c, const keys *ks, const s
     gradients g;
     memset(w->carry, 0, terms * dim * sizeof *w->carry);
     memset(w->dot, 0, terms * sizeof *w->dot);
-    fill_tables(terms, &w->tables);
+    fill_tables(terms, 0, &w->tables);
     for (size_t t = 0; t < terms; t++)
         w->q[t] = (real)node(s, w, t);
     for (size_t i = s->count; i-- && s->lse[i * terms] > -INFINITY;) {

@@ -165,27 +165,44 @@ static int state_values(const fp_nodes_state *state, const series *s, size_t hea
         double sum = state->sum[at_state];
         if (!(sum > 0))
             return 0;
+        double inverse = 1 / sum;
         w->dot[t] = node(s, w, t) * state->reference[at_state] + log(sum);
         for (size_t j = 0; j < dim; j++)
-            w->values[t * dim + j] = (real)(state->out[at_state * dim + j] / sum);
+            w->values[t * dim + j] = (real)(state->out[at_state * dim + j] * inverse);
     }
     return 1;
 }
 
-/* Interpolates by Lagrange's polynomials, the basis times to_series: for a few queries that takes
- * less than the series itself would. */
+/* Lagrange's polynomials at x, by the barycentric formula: for a few queries that takes less than
+ * the series would. */
+static void lagrange_at(double x, size_t terms, const double *unit, real *to)
+{
+    double parts[MOST_TERMS], sum = 0;
+    for (size_t t = 0; t < terms; t++) {
+        double halved = t == 0 || t == terms - 1 ? 0.5 : 1.0, away = x - unit[t];
+        if (away == 0) {
+            memset(to, 0, terms * sizeof *to);
+            to[t] = 1;
+            return;
+        }
+        sum += parts[t] = (t % 2 ? -halved : halved) / away;
+    }
+    for (size_t t = 0; t < terms; t++)
+        to[t] = (real)(parts[t] / sum);
+}
+
 static void attend_queries(const fp_nodes_call *c, const series *s, size_t batch, size_t head,
-                           real *lagrange, scratch *work, const node_work *w)
+                           real *lagrange, const node_work *w)
 {
     const fp_attention *a = c->a;
+    const real scale = (real)a->scale;
     size_t dim = a->value_dim, terms = s->terms;
-    double x[QUERIES];
     for (size_t first = 0; first < a->n && dim; first += QUERIES) {
         size_t count = least(QUERIES, a->n - first);
-        load_queries(a, batch, head, first, count, work->q);
-        fill_basis(s, count, x, work);
-        multiply('T', 'N', count, terms, terms, work->basis_real, QUERIES, w->tables.to_series_real,
-                 terms, 0, lagrange, terms);
+        for (size_t i = 0; i < count; i++) {
+            double x = scale * *at(&a->q, batch, head, first + i);
+            lagrange_at((x - s->middle) / s->half, terms, w->tables.unit, lagrange + i * terms);
+        }
         multiply('N', 'N', count, dim, terms, lagrange, terms, w->values, dim, 0,
                  at(&c->out, batch, head, first), (size_t)c->out.row);
     }
@@ -194,15 +211,15 @@ static void attend_queries(const fp_nodes_call *c, const series *s, size_t batch
 /* Whether the nodes do: of the series only the last quarter is formed; if not, how many might. */
 static size_t nodes_needed(const fp_nodes_call *c, size_t head, real *f, double *l, node_work *w)
 {
-    size_t terms = c->state->nodes, dim = c->a->value_dim, from = terms - terms / 4;
+    size_t terms = c->state->nodes, dim = c->a->value_dim, quarter = terms / 4;
     double tol = lowest_tol(c->a->tol), size = c->state->size[head];
     size = size > 0 ? size : 1;
-    values_series(terms, dim, from, w, f);
-    lse_series(w->dot, terms, from, w, l);
-    if (part_of_series(f, l, dim, from, terms, size) <= tol)
+    values_series(terms, dim, terms - quarter, w, f);
+    lse_series(w->dot, terms, terms - quarter, w, l);
+    if (part_of_series(f, l, dim, terms - quarter, terms, size) <= tol)
         return 0;
-    values_series(terms, dim, 0, w, f);
-    lse_series(w->dot, terms, 0, w, l);
+    values_series(terms, dim, terms - 2 * quarter, w, f);
+    lse_series(w->dot, terms, terms - 2 * quarter, w, l);
     return terms_needed(f, l, terms, dim, tol, size);
 }
 
@@ -244,15 +261,14 @@ static void attend_head(void *context, size_t head, int worker)
     if (r->status[head])
         return;
     for (size_t h = first; h < first + group; h++)
-        attend_queries(c, &s, batch, h, r->lagrange + (size_t)worker * QUERIES * MOST_TERMS,
-                       &r->scratch[worker], w);
+        attend_queries(c, &s, batch, h, r->lagrange + (size_t)worker * QUERIES * MOST_TERMS, w);
 }
 
 fp_status FP_REAL(fp_nodes_attend)(fp_nodes_call *c)
 {
     state_run r = {.call = c};
     lay_out_state(&r, c->a, c->threads, c->work);
-    fill_tables(c->state->nodes, &r.tables);
+    fill_tables(c->state->nodes, c->state->nodes / 2, &r.tables);
     fp_parallel_for(heads_of(c->a), c->threads, attend_head, &r);
     return worst_status(&r, heads_of(c->a));
 }
