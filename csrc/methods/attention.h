@@ -1,5 +1,5 @@
-/* What the two precisions of attention share; each is compiled from attention_real.h and
- * nodes_real.h by a file of its own. */
+/* What the two precisions of attention share; each is compiled from the
+ * *_real.h templates by a file of its own. */
 #ifndef FOLDPRUNE_METHODS_ATTENTION_H
 #define FOLDPRUNE_METHODS_ATTENTION_H
 
