@@ -97,9 +97,9 @@ def folded_attention(
 class NodesState:
     """What decoding with rank-1 keys keeps of one layer instead of a cache of keys and values.
 
-    For each key/value head ``nodes`` * (d + 2) float64 numbers (and four more), however many tokens
-    have been seen: softmax sums over all keys so far, for queries at Chebyshev nodes of the range that
-    queries may take.
+    For each key/value head ``nodes`` * (d + 2) float64 numbers (and five more), however many tokens
+    have been seen: softmax sums over all keys so far, for queries at Chebyshev nodes of the range
+    that queries may take.
 
     Parameters
     ----------
