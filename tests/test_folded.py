@@ -89,9 +89,10 @@ def test_exact(sizes, rank, causal, dtype):
 @pytest.mark.parametrize("method", ["exact", "nodes"])
 def test_variants_and_threads_give_the_same_bytes(isa, method):
     isa = variant(isa)
-    q, k, v = problem((2, 4, 2, 150, 333, 9), 1)
-    dout = np.random.default_rng(1).standard_normal((2, 4, 150, 9), np.float32)
-    mask = masks(2, 333)[1]
+    # enough work for three threads
+    q, k, v = problem((2, 4, 2, 400, 733, 41), 1)
+    dout = np.random.default_rng(1).standard_normal((2, 4, 400, 41), np.float32)
+    mask = masks(2, 733)[1]
     for causal in (False, True):
         args = (1.0, causal, mask)
         first = _core.attention(q, k, v, *args, method, 1e-6, 1, "scalar")

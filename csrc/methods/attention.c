@@ -73,6 +73,17 @@ size_t fp_slices_of(const fp_attention *a)
     return slices < FP_TILE_SLICES ? slices : FP_TILE_SLICES;
 }
 
+/* Threads for a call, of those that its workspace was made for. */
+static int threads_of(const fp_attention *a, int threads)
+{
+    double heads = (double)a->batch * (double)a->heads, n = (double)a->n, m = (double)a->m;
+    double pairs = a->causal ? 0.5 * n * m : n * m, linear = 64 * (n + m);
+    if (a->rank == 1 && a->method != FP_ATTENTION_EXACT && linear < pairs)
+        pairs = linear;
+    double products = pairs * ((double)a->rank + (double)a->value_dim + 16);
+    return fp_threads_for(heads * products, fp_clamp_threads(threads));
+}
+
 size_t fp_attention_work(const fp_attention *a, int threads)
 {
     if (fp_attention_check(a))
@@ -98,7 +109,7 @@ fp_status fp_attention_forward(const fp_kernels *kernels, const fp_attention *a,
                            .out = out,
                            .lse = lse,
                            .nodes = nodes,
-                           .threads = fp_clamp_threads(threads),
+                           .threads = threads_of(a, threads),
                            .work = work};
     if (a->dtype == FP_F64)
         fp_attention_forward_f64(&c);
@@ -139,7 +150,7 @@ fp_status fp_attention_backward(const fp_kernels *kernels, const fp_attention *a
                            .dv = dv,
                            .lse = (double *)(uintptr_t)lse,
                            .nodes = (int32_t *)(uintptr_t)nodes,
-                           .threads = fp_clamp_threads(threads),
+                           .threads = threads_of(a, threads),
                            .work = work};
     if (a->dtype == FP_F64)
         fp_attention_backward_f64(&c);

@@ -1,5 +1,5 @@
-/* What the two precisions of attention share; each is compiled from the
- * *_real.h templates by a file of its own. */
+/* What the two precisions of attention share; each is compiled from the *_real.h templates by a
+ * file of its own. */
 #ifndef FOLDPRUNE_METHODS_ATTENTION_H
 #define FOLDPRUNE_METHODS_ATTENTION_H
 
@@ -64,6 +64,13 @@ fp_status fp_nodes_append_f32(fp_nodes_call *c);
 fp_status fp_nodes_append_f64(fp_nodes_call *c);
 fp_status fp_nodes_attend_f32(fp_nodes_call *c);
 fp_status fp_nodes_attend_f64(fp_nodes_call *c);
+
+/* Threads that are worth starting for so many products: a few hundred microseconds each. */
+static inline int fp_threads_for(double products, int threads)
+{
+    double most = products / 1e7;
+    return most < 1 ? 1 : most < threads ? (int)most : threads;
+}
 
 /* FP_OK if a problem can be worked on. */
 fp_status fp_attention_check(const fp_attention *a);

@@ -26,6 +26,13 @@ static fp_status check(const fp_attention *a, const fp_nodes_state *s, const voi
     return FP_OK;
 }
 
+static int threads_of(const fp_attention *a, const fp_nodes_state *s, int threads)
+{
+    double rows = (double)a->batch * (double)a->heads * (double)(a->n + a->m + s->nodes / 4);
+    return fp_threads_for(rows * (double)s->nodes * ((double)a->value_dim + 16),
+                          fp_clamp_threads(threads));
+}
+
 fp_status fp_nodes_append(const fp_kernels *kernels, const fp_attention *a,
                           const fp_nodes_state *state, int threads, void *work, size_t work_bytes)
 {
@@ -37,7 +44,7 @@ fp_status fp_nodes_append(const fp_kernels *kernels, const fp_attention *a,
     fp_nodes_call c = {.kernels = kernels,
                        .a = a,
                        .state = state,
-                       .threads = fp_clamp_threads(threads),
+                       .threads = threads_of(a, state, threads),
                        .work = work};
     return a->dtype == FP_F64 ? fp_nodes_append_f64(&c) : fp_nodes_append_f32(&c);
 }
@@ -56,7 +63,7 @@ fp_status fp_nodes_attend(const fp_attention *a, const fp_nodes_state *state, fp
                        .state = state,
                        .out = out,
                        .needed = needed,
-                       .threads = fp_clamp_threads(threads),
+                       .threads = threads_of(a, state, threads),
                        .work = work};
     return a->dtype == FP_F64 ? fp_nodes_attend_f64(&c) : fp_nodes_attend_f32(&c);
 }
