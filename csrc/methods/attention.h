@@ -65,10 +65,10 @@ fp_status fp_nodes_append_f64(fp_nodes_call *c);
 fp_status fp_nodes_attend_f32(fp_nodes_call *c);
 fp_status fp_nodes_attend_f64(fp_nodes_call *c);
 
-/* Threads that are worth starting for so many products: a few hundred microseconds each. */
+/* Threads that are worth starting for so many products: about half a millisecond each. */
 static inline int fp_threads_for(double products, int threads)
 {
-    double most = products / 1e7;
+    double most = products / 2e7;
     return most < 1 ? 1 : most < threads ? (int)most : threads;
 }
 

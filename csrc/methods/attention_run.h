@@ -307,9 +307,14 @@ void FP_REAL(fp_attention_backward)(fp_attention_call *c)
 {
     run r = begin_run(c, 0);
     size_t heads = heads_of(c->a);
+    int exact = 0;
+    for (size_t i = 0; i < heads; i++)
+        exact |= !c->nodes[i];
     fp_parallel_for(heads, c->threads, rebuild_head, &r);
-    fp_parallel_for(heads * r.slices, c->threads, exact_part, &r);
-    fp_parallel_for(heads, c->threads, sum_slices, &r);
+    if (exact) {
+        fp_parallel_for(heads * r.slices, c->threads, exact_part, &r);
+        fp_parallel_for(heads, c->threads, sum_slices, &r);
+    }
     if (r.with_nodes) {
         fp_parallel_for(heads * r.parts, c->threads, nodes_part, &r);
         fp_parallel_for(heads, c->threads, nodes_keys, &r);
