@@ -27,6 +27,7 @@ from .errors import (
     UnmatchedTensorWarning,
 )
 from .folded import NodesState, folded_attention
+from .packed import Packed, pack, packed_matmul
 from .recipe import Recipe
 from .report import Report, Row, Total
 from .sensitivity import Point, Sensitivity, sensitivity
@@ -43,6 +44,7 @@ __all__ = [
     "ModelError",
     "Moments",
     "NodesState",
+    "Packed",
     "Point",
     "RateError",
     "Recipe",
@@ -57,6 +59,8 @@ __all__ = [
     "compress",
     "folded_attention",
     "load",
+    "pack",
+    "packed_matmul",
     "schemas",
     "sensitivity",
     "verify",

@@ -194,3 +194,56 @@ def nodes_attend(
     tol: float = 1e-6,
     threads: int = 1,
 ) -> tuple[_Array | None, _Array]: ...
+
+# Packed matrices: (rows, cols, mask, offset, values, scale), see fp_packed in
+# csrc/include/foldprune.h. mask: uint64 words; offset: uint64, packed_offsets' answer for the mask,
+# and trusted; values None where they are not needed; scale: float32 (rows,) for int8 values.
+_Packed = tuple[int, int, _Array, _Array, _Array | None, _Array | None]
+
+# bits: a mask as above
+def packed_mask(bits: _Array, rows: int, cols: int, threads: int = 1) -> _Array: ...
+def packed_offsets(mask: _Array, rows: int, cols: int, threads: int = 1) -> _Array: ...
+
+# The kept elements of w, of its dtype
+def packed_fill(packed: _Packed, w: _Array, threads: int = 1, isa: str | None = None) -> _Array: ...
+
+# From float32 values: int8 values and scales
+def packed_quantise(packed: _Packed, threads: int = 1) -> tuple[_Array, _Array]: ...
+def packed_unpack(packed: _Packed, threads: int = 1, isa: str | None = None) -> _Array: ...
+
+# Rows ids (int64, contiguous) of the matrix: (ids.size x cols)
+def packed_lookup(
+    packed: _Packed, ids: _Array, threads: int = 1, isa: str | None = None
+) -> _Array: ...
+def packed_lookup_gradient(
+    packed: _Packed,
+    ids: _Array,
+    drows: _Array,
+    ignored: int = -1,
+    threads: int = 1,
+    isa: str | None = None,
+) -> _Array: ...
+
+# Activations are two-dimensional, contiguous, float32 (float64 where the values are).
+# y = x W^T + bias. method: "auto", "vector", "sparse", "dense".
+def matmul(
+    packed: _Packed,
+    x: _Array,
+    bias: _Array | None = None,
+    threads: int = 1,
+    method: str = "auto",
+    isa: str | None = None,
+) -> _Array: ...
+
+# dx = dy W
+def matmul_backward(
+    packed: _Packed, dy: _Array, threads: int = 1, isa: str | None = None
+) -> _Array: ...
+
+# Of the values: dy^T x where they are kept
+def matmul_gradient(
+    packed: _Packed, dy: _Array, x: _Array, threads: int = 1, isa: str | None = None
+) -> _Array: ...
+
+# What "auto" is at so many tokens
+def matmul_choice(packed: _Packed, tokens: int) -> str: ...

@@ -55,8 +55,10 @@ int matrix_from(PyObject *module, PyObject *object, const char *what, int vector
 /* The variant called `isa`, or the default for NULL; NULL with RuntimeError set. */
 const fp_kernels *kernels_named(PyObject *module, const char *isa);
 
-/* Bytes of workspace, freed with PyMem_RawFree. NULL with MemoryError set. */
+/* Bytes of workspace at the start of a cache line, which vectors of activations must not straddle.
+ * NULL with MemoryError set. */
 void *new_work(size_t bytes);
+void free_work(void *work);
 
 /* Each is a METH_VARARGS | METH_KEYWORDS function; foldprune/_core.pyi says what they take. */
 #define DECLARE(name) PyObject *py_##name(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -92,6 +94,17 @@ DECLARE(attention);
 DECLARE(attention_backward);
 DECLARE(nodes_append);
 DECLARE(nodes_attend);
+DECLARE(packed_mask);
+DECLARE(packed_offsets);
+DECLARE(packed_fill);
+DECLARE(packed_quantise);
+DECLARE(packed_unpack);
+DECLARE(packed_lookup);
+DECLARE(packed_lookup_gradient);
+DECLARE(matmul);
+DECLARE(matmul_backward);
+DECLARE(matmul_gradient);
+DECLARE(matmul_choice);
 #undef DECLARE
 
 #endif

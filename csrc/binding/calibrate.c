@@ -96,7 +96,7 @@ PyObject *py_moments_update(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_BEGIN_ALLOW_THREADS
     status = fp_moments_update(&rows, weights, second, sum, &total, threads, work, bytes);
     Py_END_ALLOW_THREADS
-    PyMem_RawFree(work);
+    free_work(work);
     return total_or_raise(&total, status);
 }
 

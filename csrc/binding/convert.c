@@ -1,6 +1,8 @@
 /* Checked views of Python arguments. Nothing here copies. */
 #include "binding.h"
 
+#include <stdlib.h>
+
 PyObject *raise_status(fp_status status)
 {
     PyErr_SetString(status == FP_ERR_DTYPE ? PyExc_TypeError : PyExc_ValueError,
@@ -18,10 +20,15 @@ PyObject *array_or_raise(PyArrayObject *array, fp_status status)
 
 void *new_work(size_t bytes)
 {
-    void *work = PyMem_RawMalloc(bytes ? bytes : 1);
+    void *work = bytes > SIZE_MAX - 64 ? NULL : aligned_alloc(64, bytes / 64 * 64 + 64);
     if (!work)
         PyErr_NoMemory();
     return work;
+}
+
+void free_work(void *work)
+{
+    free(work);
 }
 
 const fp_kernels *kernels_named(PyObject *module, const char *isa)

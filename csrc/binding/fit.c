@@ -114,7 +114,7 @@ PyObject *py_obs_factor(PyObject *module, PyObject *args, PyObject *kwargs)
         status = fp_obs_factor(h, n, PyArray_DATA(a), PyArray_DATA(d), threads, work, bytes);
         Py_END_ALLOW_THREADS
     }
-    PyMem_RawFree(work);
+    free_work(work);
     if (d && !status)
         return pair(a, (PyObject *)d);
     Py_XDECREF(a);
@@ -201,7 +201,7 @@ PyObject *py_obs_sweep(PyObject *module, PyObject *args, PyObject *kwargs)
                               out ? PyArray_DATA(out) : NULL, threads, work, bytes);
         Py_END_ALLOW_THREADS
     }
-    PyMem_RawFree(work);
+    free_work(work);
     if (work && !status && (out || !with_out))
         return pair(mask, out ? (PyObject *)out : Py_NewRef(Py_None));
     Py_XDECREF(mask);
@@ -238,7 +238,7 @@ static PyObject *refit(PyObject *module, PyObject *w_object, PyObject *mask_obje
                           out_dtype, threads, work, bytes);
         Py_END_ALLOW_THREADS
     }
-    PyMem_RawFree(work);
+    free_work(work);
     if (out && !status && rounds)
         return pair(mask, (PyObject *)out);
     Py_XDECREF(mask);
@@ -291,7 +291,7 @@ PyObject *py_damage(PyObject *module, PyObject *args, PyObject *kwargs)
     PyArrayObject *numerator = work ? new_matrix(NPY_DOUBLE, w.rows, 0) : NULL;
     PyArrayObject *denominator = numerator ? new_matrix(NPY_DOUBLE, w.rows, 0) : NULL;
     if (!denominator) {
-        PyMem_RawFree(work);
+        free_work(work);
         Py_XDECREF(numerator);
         return NULL;
     }
@@ -299,7 +299,7 @@ PyObject *py_damage(PyObject *module, PyObject *args, PyObject *kwargs)
     status = fp_damage(&w, &w_new, c, PyArray_DATA(numerator), PyArray_DATA(denominator), threads,
                        work, bytes);
     Py_END_ALLOW_THREADS
-    PyMem_RawFree(work);
+    free_work(work);
     if (!status)
         return pair(numerator, (PyObject *)denominator);
     Py_DECREF(numerator);

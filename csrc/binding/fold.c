@@ -92,7 +92,7 @@ static void call_clear(call *c)
     Py_CLEAR(c->ranks);
     Py_CLEAR(c->error);
     Py_CLEAR(c->energy);
-    PyMem_RawFree(c->work);
+    free_work(c->work);
     c->work = NULL;
 }
 

@@ -62,6 +62,17 @@ static PyMethodDef methods[] = {
     METHOD(attention_backward),
     METHOD(nodes_append),
     METHOD(nodes_attend),
+    METHOD(packed_mask),
+    METHOD(packed_offsets),
+    METHOD(packed_fill),
+    METHOD(packed_quantise),
+    METHOD(packed_unpack),
+    METHOD(packed_lookup),
+    METHOD(packed_lookup_gradient),
+    METHOD(matmul),
+    METHOD(matmul_backward),
+    METHOD(matmul_gradient),
+    METHOD(matmul_choice),
     {NULL, NULL, 0, NULL},
 };
 

@@ -51,7 +51,7 @@ static fp_scored *scored_list(PyObject *module, PyObject *list, size_t *count)
     fp_scored *t = new_work(*count * sizeof *t);
     for (size_t i = 0; t && i < *count; i++) {
         if (scored_from(module, PyList_GET_ITEM(list, (Py_ssize_t)i), &t[i])) {
-            PyMem_RawFree(t);
+            free_work(t);
             return NULL;
         }
     }
@@ -83,8 +83,8 @@ PyObject *py_histogram(PyObject *module, PyObject *args, PyObject *kwargs)
             raise_status(status);
         }
     }
-    PyMem_RawFree(work);
-    PyMem_RawFree(t);
+    free_work(work);
+    free_work(t);
     return (PyObject *)out;
 }
 
@@ -110,10 +110,10 @@ PyObject *py_select(PyObject *module, PyObject *args, PyObject *kwargs)
         status = fp_select(kernels, t, count, k, &threshold, threads, work, bytes);
         Py_END_ALLOW_THREADS
     }
-    PyMem_RawFree(t);
+    free_work(t);
     if (!work)
         return NULL;
-    PyMem_RawFree(work);
+    free_work(work);
     if (status)
         return raise_status(status);
     return Py_BuildValue("dK", threshold.score, (unsigned long long)threshold.ties);
@@ -142,7 +142,7 @@ PyObject *py_mask_threshold(PyObject *module, PyObject *args, PyObject *kwargs)
                                    bytes);
         Py_END_ALLOW_THREADS
     }
-    PyMem_RawFree(work);
+    free_work(work);
     if (!mask)
         return NULL;
     if (status) {
@@ -171,7 +171,7 @@ PyObject *py_mask_rows(PyObject *module, PyObject *args, PyObject *kwargs)
         status = fp_mask_rows(&t, (size_t)k, PyArray_DATA(mask), threads, work, bytes);
         Py_END_ALLOW_THREADS
     }
-    PyMem_RawFree(work);
+    free_work(work);
     return mask ? array_or_raise(mask, status) : NULL;
 }
 

@@ -26,9 +26,10 @@ typedef enum fp_status {
 /* A sentence for people; never NULL. */
 const char *fp_status_text(fp_status status);
 
-typedef enum fp_dtype { FP_F32 = 0, FP_F64, FP_F16, FP_BF16 } fp_dtype;
+/* FP_I8 only as values of an fp_packed. */
+typedef enum fp_dtype { FP_F32 = 0, FP_F64, FP_F16, FP_BF16, FP_I8 } fp_dtype;
 
-size_t fp_dtype_size(fp_dtype dtype); /* bytes per element; 0 for an unknown dtype */
+size_t fp_dtype_size(fp_dtype dtype); /* bytes per element; 0 for another one, FP_I8 among them */
 
 /* ---- kernel variants (kernels/cpu.c) ------------------------------------------------ */
 
@@ -325,5 +326,76 @@ fp_status fp_refit(const fp_matrix *w, uint8_t *mask, const double *h, const dou
 size_t fp_damage_work(size_t cols, int threads);
 fp_status fp_damage(const fp_matrix *w, const fp_matrix *w_new, const double *c, double *numerator,
                     double *denominator, int threads, void *work, size_t work_bytes);
+
+/* ---- matrices that run packed (methods/packed.c) ------------------------------------- *
+ * W (rows x cols) is cut into tiles of FP_TILE x FP_TILE, a row of tiles after the other; those at
+ * the right and lower edges are smaller. A tile has one mask word for every row, bit j for its
+ * column j, unused bits zero, and its kept values row after row. So products walk through the values
+ * in order, forwards by rows and backwards by columns. */
+enum { FP_TILE = 64 };
+
+typedef struct fp_packed {
+    size_t rows, cols;
+    fp_dtype dtype;         /* of the values */
+    const uint64_t *mask;   /* fp_packed_words */
+    const uint64_t *offset; /* fp_packed_tiles + 1: each tile's first value, and how many there are */
+    const void *values;
+    const float *scale; /* FP_I8: one per row, which its values are multiplied by; else NULL */
+} fp_packed;
+
+size_t fp_packed_words(size_t rows, size_t cols);
+size_t fp_packed_tiles(size_t rows, size_t cols);
+
+/* Mask words from a mask as packing has it, a bit string over the elements in row-major order. */
+fp_status fp_packed_mask(const uint8_t *bits, size_t rows, size_t cols, uint64_t *mask,
+                         int threads);
+/* Offsets from mask words. FP_ERR_CORRUPT if an unused bit is set. */
+fp_status fp_packed_offsets(const uint64_t *mask, size_t rows, size_t cols, uint64_t *offset,
+                            int threads);
+
+/* The kept elements of w (rows x cols, of item_size 2, 4 or 8 bytes). */
+fp_status fp_packed_fill(const fp_kernels *kernels, const fp_packed *p, const void *w,
+                         size_t item_size, void *values, int threads);
+/* FP_F32 values as FP_I8: scale = largest |value| of the row / 127, rounded to nearest. */
+fp_status fp_packed_quantise(const fp_packed *p, int8_t *values, float *scale, int threads);
+/* The dense matrix, of the values' type or, from FP_I8, float. */
+fp_status fp_packed_unpack(const fp_kernels *kernels, const fp_packed *p, void *w, int threads);
+
+/* Rows ids[0 .. n) of the dense matrix, as above. FP_ERR_RANGE if there is no such row. */
+fp_status fp_packed_lookup(const fp_kernels *kernels, const fp_packed *p, const int64_t *ids,
+                           size_t n, void *rows, int threads);
+/* dvalues = sum over i of drows[i] at the kept positions of row ids[i], where ids[i] is not
+ * `ignored`. float, or double for FP_F64; the values are not read. */
+fp_status fp_packed_lookup_gradient(const fp_kernels *kernels, const fp_packed *p,
+                                    const int64_t *ids, size_t n, int64_t ignored,
+                                    const void *drows, void *dvalues, int threads);
+
+/* ---- products with packed matrices (methods/matmul.c) -------------------------------- *
+ * x is (tokens x cols), y (tokens x rows), row-major without gaps; float, or double for FP_F64. No
+ * dense copy of W is made. Work depends on the number of threads, results do not. */
+
+typedef enum fp_matmul_method {
+    FP_MATMUL_AUTO = 0,
+    FP_MATMUL_VECTOR, /* few tokens at a time: values are expanded by the mask */
+    FP_MATMUL_SPARSE, /* a weight meets many tokens */
+    FP_MATMUL_DENSE   /* BLAS on tiles as they are unpacked */
+} fp_matmul_method;
+
+/* What FP_MATMUL_AUTO does at a number of tokens. */
+fp_matmul_method fp_matmul_choice(const fp_packed *p, size_t tokens);
+
+size_t fp_matmul_work(const fp_packed *p, size_t tokens, int threads); /* for any of these */
+
+/* y = x W^T + bias (rows numbers, or NULL) */
+fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const void *x,
+                            size_t tokens, const void *bias, void *y, fp_matmul_method method,
+                            int threads, void *work, size_t work_bytes);
+/* dx = dy W */
+fp_status fp_matmul_backward(const fp_kernels *kernels, const fp_packed *p, const void *dy,
+                             size_t tokens, void *dx, int threads, void *work, size_t work_bytes);
+/* dvalues = (dy^T x) at the kept positions; the values are not read, and not FP_I8. */
+fp_status fp_matmul_gradient(const fp_kernels *kernels, const fp_packed *p, const void *dy,
+                             const void *x, size_t tokens, void *dvalues, int threads, void *work,
+                             size_t work_bytes);
 
 #endif

@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "matmul.h"
 
 const fp_kernels fp_kernels_scalar = {
     .name = "scalar",
@@ -18,6 +18,7 @@ const fp_kernels fp_kernels_scalar = {
     .mask_above = fp_mask_above_scalar,
     .histogram_low = fp_histogram_low_scalar,
     .softmax = &fp_softmax_scalar,
+    .matmul = &fp_matmul_scalar,
 };
 
 static int always(void)

@@ -11,7 +11,7 @@
 
 #include <string.h>
 
-#include "kernels.h"
+#include "matmul.h"
 #include "target.h"
 
 #define FP_DEFINE_SCORE_LOOPS(isa, halves, block)                                                  \
@@ -63,6 +63,7 @@
         .mask_above = mask_above,                                                                  \
         .histogram_low = histogram_low,                                                            \
         .softmax = &fp_softmax_##isa,                                                              \
+        .matmul = &fp_matmul_##isa,                                                                \
     };
 
 #endif

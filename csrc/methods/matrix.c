@@ -59,6 +59,8 @@ void fp_matrix_load(const fp_matrix *m, size_t first_row, size_t rows, double *y
                 memcpy(&single, &bits, sizeof single);
                 *target = (double)single;
                 break;
+            case FP_I8: /* fp_matrix_check has refused it */
+                break;
             }
         }
     }

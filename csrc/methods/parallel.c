@@ -2,34 +2,150 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdint.h>
 
-typedef struct job {
+/* A job's state in one word, so that joining and closing cannot cross: its number, whether it is
+ * open, and how many workers are in it. A worker that comes late finds the job closed and is not
+ * waited for. */
+enum { ACTIVE = 0xffff, OPEN = 1 << 16, NUMBER_SHIFT = 17 };
+
+enum { SPINS = 2000 }; /* before a thread sleeps: tens of microseconds, as calls come in a row */
+
+static struct pool {
+    atomic_uint_fast64_t state;
+    atomic_size_t next; /* the first item that nobody has taken */
     fp_task task;
     void *context;
     size_t items;
-    atomic_size_t next;
-} job;
+    int threads; /* of the job, with the caller */
+    int workers; /* that exist */
+    atomic_int sleeping;
+    pthread_mutex_t caller; /* held by the one call that has the pool */
+    pthread_mutex_t lock;
+    pthread_cond_t posted, finished;
+} pool = {.caller = PTHREAD_MUTEX_INITIALIZER,
+          .lock = PTHREAD_MUTEX_INITIALIZER,
+          .posted = PTHREAD_COND_INITIALIZER,
+          .finished = PTHREAD_COND_INITIALIZER};
 
-typedef struct worker {
-    job *job;
-    int index;
-} worker;
+static inline void pause_briefly(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
 
-static void work(job *j, int index)
+static void take_items(int worker)
 {
     for (;;) {
-        size_t item = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed);
-        if (item >= j->items)
+        size_t item = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed);
+        if (item >= pool.items)
             return;
-        j->task(j->context, item, index);
+        pool.task(pool.context, item, worker);
     }
 }
 
-static void *start(void *argument)
+static uint64_t await_other(uint64_t number)
 {
-    worker *w = argument;
-    work(w->job, w->index);
+    uint64_t state = atomic_load(&pool.state);
+    for (int i = 0; i < SPINS && state >> NUMBER_SHIFT == number; i++) {
+        pause_briefly();
+        state = atomic_load(&pool.state);
+    }
+    if (state >> NUMBER_SHIFT != number)
+        return state;
+    pthread_mutex_lock(&pool.lock);
+    atomic_fetch_add(&pool.sleeping, 1);
+    while ((state = atomic_load(&pool.state)) >> NUMBER_SHIFT == number)
+        pthread_cond_wait(&pool.posted, &pool.lock);
+    atomic_fetch_sub(&pool.sleeping, 1);
+    pthread_mutex_unlock(&pool.lock);
+    return state;
+}
+
+static void *serve(void *argument)
+{
+    int worker = (int)(intptr_t)argument;
+    uint64_t seen = 0;
+    for (;;) {
+        uint_fast64_t state = await_other(seen);
+        seen = state >> NUMBER_SHIFT;
+        int joined = 0;
+        while (!joined && state & OPEN && state >> NUMBER_SHIFT == seen)
+            joined = atomic_compare_exchange_weak(&pool.state, &state, state + 1);
+        if (!joined)
+            continue;
+        if (worker < pool.threads)
+            take_items(worker);
+        state = atomic_fetch_sub(&pool.state, 1) - 1;
+        if (!(state & (OPEN | ACTIVE))) { /* the caller may be asleep */
+            pthread_mutex_lock(&pool.lock);
+            pthread_cond_signal(&pool.finished);
+            pthread_mutex_unlock(&pool.lock);
+        }
+    }
     return NULL;
+}
+
+/* A child process has this thread alone: its pool starts anew. */
+static void after_fork(void)
+{
+    static const struct pool fresh = {.caller = PTHREAD_MUTEX_INITIALIZER,
+                                      .lock = PTHREAD_MUTEX_INITIALIZER,
+                                      .posted = PTHREAD_COND_INITIALIZER,
+                                      .finished = PTHREAD_COND_INITIALIZER};
+    pool = fresh;
+}
+
+static void register_fork(void)
+{
+    pthread_atfork(NULL, NULL, after_fork);
+}
+
+static void start_workers(int count)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_fork);
+    pthread_attr_t attributes;
+    if (pool.workers >= count || pthread_attr_init(&attributes))
+        return;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    for (pthread_t thread; pool.workers < count; pool.workers++)
+        if (pthread_create(&thread, &attributes, serve, (void *)(intptr_t)(pool.workers + 1)))
+            break; /* the others do its work */
+    pthread_attr_destroy(&attributes);
+}
+
+/* With the pool's caller lock held. */
+static void run_pooled(size_t items, int threads, fp_task task, void *context)
+{
+    start_workers(threads - 1);
+    pool.task = task;
+    pool.context = context;
+    pool.items = items;
+    pool.threads = threads;
+    atomic_store(&pool.next, 0);
+    uint64_t number = (atomic_load(&pool.state) >> NUMBER_SHIFT) + 1;
+    atomic_store(&pool.state, number << NUMBER_SHIFT | OPEN);
+    if (atomic_load(&pool.sleeping)) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_broadcast(&pool.posted);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    take_items(0);
+    uint64_t state = atomic_fetch_and(&pool.state, ~(uint64_t)OPEN);
+    for (int i = 0; i < SPINS && state & ACTIVE; i++) {
+        pause_briefly();
+        state = atomic_load(&pool.state);
+    }
+    if (!(state & ACTIVE))
+        return;
+    pthread_mutex_lock(&pool.lock);
+    while (atomic_load(&pool.state) & ACTIVE)
+        pthread_cond_wait(&pool.finished, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
 }
 
 int fp_clamp_threads(int threads)
@@ -37,26 +153,18 @@ int fp_clamp_threads(int threads)
     return threads < 1 ? 1 : threads > FP_MAX_THREADS ? FP_MAX_THREADS : threads;
 }
 
-/* Threads live for one call: starting them costs tens of microseconds against calls of
- * milliseconds, and leaves nothing behind for fork() or interpreter shutdown to trip over. */
+/* The pool serves one call at a time; another one that comes meanwhile, from another thread or
+ * from inside a task, does its work itself. */
 void fp_parallel_for(size_t items, int threads, fp_task task, void *context)
 {
-    job j = {.task = task, .context = context, .items = items};
-    atomic_init(&j.next, 0);
     threads = fp_clamp_threads(threads);
     if ((size_t)threads > items)
         threads = items ? (int)items : 1;
-
-    pthread_t handles[FP_MAX_THREADS];
-    worker workers[FP_MAX_THREADS];
-    int started = 0;
-    for (int i = 1; i < threads; i++) {
-        workers[started] = (worker){&j, i};
-        if (pthread_create(&handles[started], NULL, start, &workers[started]))
-            break;
-        started++;
+    if (threads > 1 && !pthread_mutex_trylock(&pool.caller)) {
+        run_pooled(items, threads, task, context);
+        pthread_mutex_unlock(&pool.caller);
+        return;
     }
-    work(&j, 0);
-    for (int i = 0; i < started; i++)
-        pthread_join(handles[i], NULL);
+    for (size_t item = 0; item < items; item++)
+        task(context, item, 0);
 }

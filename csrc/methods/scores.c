@@ -64,6 +64,8 @@ const float *fp_scores_load(const fp_kernels *kernels, const fp_scored *t, size_
         for (size_t i = 0; i < n; i++)
             buffer[i] = fabsf(buffer[i]) * scale;
         break;
+    case FP_I8: /* refused before */
+        break;
     }
     if (t->col_scale)
         scale_columns(t, begin, n, buffer);
@@ -173,6 +175,8 @@ static void check_finite(void *context, size_t item, int worker)
     case FP_BF16:
         for (size_t i = begin; i < end; i++)
             bad |= (((const uint16_t *)r->t->x)[i] & 0x7f80u) == 0x7f80u;
+        break;
+    case FP_I8:
         break;
     }
     r->finite[item] = !bad;

@@ -35,6 +35,8 @@ size_t fp_dtype_size(fp_dtype dtype)
     case FP_F16:
     case FP_BF16:
         return 2;
+    case FP_I8:
+        return 0;
     }
     return 0;
 }

@@ -1,0 +1,418 @@
+/* Packed matrices and their products. */
+#include "binding.h"
+
+/* 1-D, contiguous, of the type and size; its data, or NULL with an exception set. */
+static void *vector_of(PyObject *object, const char *what, int type, size_t size)
+{
+    PyArrayObject *array;
+    if (typed_vector(object, type, what, 0, &array))
+        return NULL;
+    if ((size_t)PyArray_SIZE(array) != size) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %zu numbers, got %zd", what, size,
+                     (Py_ssize_t)PyArray_SIZE(array));
+        return NULL;
+    }
+    return PyArray_DATA(array);
+}
+
+static int size_from(Py_ssize_t rows, Py_ssize_t cols)
+{
+    if (rows >= 0 && cols >= 0 && (!cols || rows <= PY_SSIZE_T_MAX / 8 / cols))
+        return 0;
+    raise_status(FP_ERR_OVERFLOW);
+    return -1;
+}
+
+/* (rows, cols, mask, offset, values, scale or None); values None where they are not needed.
+ * Order and offsets are packed_layout's answer for the mask, or anything may be read and written.
+ */
+static int packed_from(PyObject *module, PyObject *tuple, fp_packed *p)
+{
+    Py_ssize_t rows, cols;
+    PyObject *mask, *offset, *values, *scale;
+    *p = (fp_packed){.dtype = FP_F32};
+    if (!PyTuple_Check(tuple)) {
+        PyErr_SetString(PyExc_TypeError,
+                        "expected a tuple (rows, cols, mask, offset, values, scale)");
+        return -1;
+    }
+    if (!PyArg_ParseTuple(tuple, "nnOOOO", &rows, &cols, &mask, &offset, &values, &scale) ||
+        size_from(rows, cols))
+        return -1;
+    p->rows = (size_t)rows;
+    p->cols = (size_t)cols;
+    size_t tiles = fp_packed_tiles(p->rows, p->cols), words = fp_packed_words(p->rows, p->cols);
+    if (!(p->mask = vector_of(mask, "mask", NPY_UINT64, words)) ||
+        !(p->offset = vector_of(offset, "offset", NPY_UINT64, tiles + 1)))
+        return -1;
+    if (values != Py_None) {
+        PyArrayObject *array = contiguous(values, "values");
+        if (!array)
+            return -1;
+        if (PyArray_TYPE(array) == NPY_INT8)
+            p->dtype = FP_I8;
+        else if (dtype_of(module, array, &p->dtype))
+            return -1;
+        if ((uint64_t)PyArray_SIZE(array) != p->offset[tiles]) {
+            raise_status(FP_ERR_CORRUPT);
+            return -1;
+        }
+        p->values = PyArray_DATA(array);
+    }
+    if (p->dtype == FP_I8 && !(p->scale = vector_of(scale, "scale", NPY_FLOAT, p->rows)))
+        return -1;
+    return 0;
+}
+
+/* ---- making -------------------------------------------------------------------------- */
+
+static PyArrayObject *new_vector(int type, size_t size)
+{
+    npy_intp shape = (npy_intp)size;
+    return (PyArrayObject *)PyArray_SimpleNew(1, &shape, type);
+}
+
+PyObject *py_packed_mask(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"bits", "rows", "cols", "threads", NULL};
+    PyObject *object;
+    Py_ssize_t rows, cols;
+    int threads = 1;
+    fp_status status;
+    (void)module;
+    PARSE("Onn|i", &object, &rows, &cols, &threads)
+    if (size_from(rows, cols))
+        return NULL;
+    size_t m = (size_t)rows, n = (size_t)cols;
+    const uint8_t *bits = vector_of(object, "bits", NPY_UINT8, fp_mask_bytes(m * n));
+    PyArrayObject *mask = bits ? new_vector(NPY_UINT64, fp_packed_words(m, n)) : NULL;
+    if (!mask)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_packed_mask(bits, m, n, PyArray_DATA(mask), threads);
+    Py_END_ALLOW_THREADS
+    return array_or_raise(mask, status);
+}
+
+PyObject *py_packed_offsets(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"mask", "rows", "cols", "threads", NULL};
+    PyObject *object;
+    Py_ssize_t rows, cols;
+    int threads = 1;
+    fp_status status;
+    (void)module;
+    PARSE("Onn|i", &object, &rows, &cols, &threads)
+    if (size_from(rows, cols))
+        return NULL;
+    size_t m = (size_t)rows, n = (size_t)cols;
+    const uint64_t *mask = vector_of(object, "mask", NPY_UINT64, fp_packed_words(m, n));
+    PyArrayObject *offset = mask ? new_vector(NPY_UINT64, fp_packed_tiles(m, n) + 1) : NULL;
+    if (!offset)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_packed_offsets(mask, m, n, PyArray_DATA(offset), threads);
+    Py_END_ALLOW_THREADS
+    return array_or_raise(offset, status);
+}
+
+static size_t kept_of(const fp_packed *p)
+{
+    return (size_t)p->offset[fp_packed_tiles(p->rows, p->cols)];
+}
+
+PyObject *py_packed_fill(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"packed", "w", "threads", "isa", NULL};
+    PyObject *tuple, *object;
+    int threads = 1;
+    const char *isa = NULL;
+    fp_packed p;
+    fp_dtype dtype;
+    fp_status status;
+    PARSE("OO|iz", &tuple, &object, &threads, &isa)
+    const fp_kernels *kernels = kernels_named(module, isa);
+    PyArrayObject *w = kernels ? contiguous(object, "w") : NULL;
+    if (!w || dtype_of(module, w, &dtype) || packed_from(module, tuple, &p))
+        return NULL;
+    if ((size_t)PyArray_SIZE(w) != p.rows * p.cols)
+        return raise_status(FP_ERR_SHAPE);
+    npy_intp shape = (npy_intp)kept_of(&p);
+    PyArray_Descr *descr = PyArray_DESCR(w);
+    Py_INCREF(descr); /* PyArray_NewFromDescr takes it */
+    PyArrayObject *values =
+        (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, 1, &shape, NULL, NULL, 0, NULL);
+    if (!values)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_packed_fill(kernels, &p, PyArray_DATA(w), (size_t)PyArray_ITEMSIZE(w),
+                            PyArray_DATA(values), threads);
+    Py_END_ALLOW_THREADS
+    return array_or_raise(values, status);
+}
+
+PyObject *py_packed_quantise(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"packed", "threads", NULL};
+    PyObject *tuple;
+    int threads = 1;
+    fp_packed p;
+    fp_status status;
+    PARSE("O|i", &tuple, &threads)
+    if (packed_from(module, tuple, &p))
+        return NULL;
+    PyArrayObject *values = new_vector(NPY_INT8, kept_of(&p));
+    PyArrayObject *scale = values ? new_vector(NPY_FLOAT, p.rows) : NULL;
+    if (!scale) {
+        Py_XDECREF(values);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_packed_quantise(&p, PyArray_DATA(values), PyArray_DATA(scale), threads);
+    Py_END_ALLOW_THREADS
+    if (!status)
+        return Py_BuildValue("NN", values, scale);
+    Py_DECREF(scale);
+    return array_or_raise(values, status);
+}
+
+/* A new (rows x cols) array of what a packed matrix unpacks to, or where its values are not of
+ * that type, of the type of its activations. */
+static PyArrayObject *new_dense(PyObject *tuple, const fp_packed *p, int activations, size_t rows,
+                                size_t cols)
+{
+    npy_intp shape[2] = {(npy_intp)rows, (npy_intp)cols};
+    if (activations || p->dtype == FP_I8)
+        return (PyArrayObject *)PyArray_SimpleNew(2, shape,
+                                                  p->dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT);
+    PyArray_Descr *descr = PyArray_DESCR((PyArrayObject *)PyTuple_GET_ITEM(tuple, 4));
+    Py_INCREF(descr);
+    return (PyArrayObject *)PyArray_NewFromDescr(&PyArray_Type, descr, 2, shape, NULL, NULL, 0,
+                                                 NULL);
+}
+
+PyObject *py_packed_unpack(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"packed", "threads", "isa", NULL};
+    PyObject *tuple;
+    int threads = 1;
+    const char *isa = NULL;
+    fp_packed p;
+    fp_status status;
+    PARSE("O|iz", &tuple, &threads, &isa)
+    const fp_kernels *kernels = kernels_named(module, isa);
+    if (!kernels || packed_from(module, tuple, &p))
+        return NULL;
+    if (!p.values)
+        return raise_status(FP_ERR_ARGUMENT);
+    PyArrayObject *w = new_dense(tuple, &p, 0, p.rows, p.cols);
+    if (!w)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_packed_unpack(kernels, &p, PyArray_DATA(w), threads);
+    Py_END_ALLOW_THREADS
+    return array_or_raise(w, status);
+}
+
+/* ---- lookups ------------------------------------------------------------------------- */
+
+PyObject *py_packed_lookup(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"packed", "ids", "threads", "isa", NULL};
+    PyObject *tuple, *object;
+    int threads = 1;
+    const char *isa = NULL;
+    fp_packed p;
+    fp_status status;
+    PyArrayObject *ids;
+    PARSE("OO|iz", &tuple, &object, &threads, &isa)
+    const fp_kernels *kernels = kernels_named(module, isa);
+    if (!kernels || packed_from(module, tuple, &p) ||
+        typed_vector(object, NPY_INT64, "ids", 0, &ids))
+        return NULL;
+    if (!p.values)
+        return raise_status(FP_ERR_ARGUMENT);
+    size_t n = (size_t)PyArray_SIZE(ids);
+    PyArrayObject *rows = new_dense(tuple, &p, 0, n, p.cols);
+    if (!rows)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_packed_lookup(kernels, &p, PyArray_DATA(ids), n, PyArray_DATA(rows), threads);
+    Py_END_ALLOW_THREADS
+    return array_or_raise(rows, status);
+}
+
+/* Activations: contiguous, float or double as the values are, `features` to a token. */
+static const void *activations_of(PyObject *object, const char *what, const fp_packed *p,
+                                  size_t features, size_t *tokens)
+{
+    PyArrayObject *array;
+    if (typed_vector(object, p->dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT, what, 0, &array))
+        return NULL;
+    if (PyArray_NDIM(array) != 2 || (size_t)PyArray_DIM(array, 1) != features) {
+        PyErr_Format(PyExc_ValueError, "%s: expected two dimensions, the last of %zu", what,
+                     features);
+        return NULL;
+    }
+    *tokens = (size_t)PyArray_DIM(array, 0);
+    return PyArray_DATA(array);
+}
+
+PyObject *py_packed_lookup_gradient(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"packed", "ids", "drows", "ignored", "threads", "isa", NULL};
+    PyObject *tuple, *object, *drows_object;
+    long long ignored = -1;
+    int threads = 1;
+    const char *isa = NULL;
+    size_t n;
+    fp_packed p;
+    fp_status status;
+    PyArrayObject *ids;
+    PARSE("OOO|Liz", &tuple, &object, &drows_object, &ignored, &threads, &isa)
+    const fp_kernels *kernels = kernels_named(module, isa);
+    if (!kernels || packed_from(module, tuple, &p) ||
+        typed_vector(object, NPY_INT64, "ids", 0, &ids))
+        return NULL;
+    const void *drows = activations_of(drows_object, "drows", &p, p.cols, &n);
+    if (!drows)
+        return NULL;
+    if (n != (size_t)PyArray_SIZE(ids))
+        return raise_status(FP_ERR_SHAPE);
+    PyArrayObject *dvalues = new_vector(p.dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT, kept_of(&p));
+    if (!dvalues)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_packed_lookup_gradient(kernels, &p, PyArray_DATA(ids), n, ignored, drows,
+                                       PyArray_DATA(dvalues), threads);
+    Py_END_ALLOW_THREADS
+    return array_or_raise(dvalues, status);
+}
+
+/* ---- products ------------------------------------------------------------------------ */
+
+/* 0, or -1 with ValueError set. */
+static int method_from(const char *name, fp_matmul_method *method)
+{
+    static const char *const known[] = {"auto", "vector", "sparse", "dense"};
+    for (int i = 0; i < 4; i++)
+        if (!strcmp(name, known[i])) {
+            *method = (fp_matmul_method)i;
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError, "method: %s", name);
+    return -1;
+}
+
+PyObject *py_matmul(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"packed", "x", "bias", "threads", "method", "isa", NULL};
+    PyObject *tuple, *x_object, *bias_object = Py_None;
+    int threads = 1;
+    const char *isa = NULL, *name = "auto";
+    const void *bias = NULL;
+    size_t tokens;
+    fp_packed p;
+    fp_matmul_method method;
+    fp_status status;
+    PARSE("OO|Oisz", &tuple, &x_object, &bias_object, &threads, &name, &isa)
+    const fp_kernels *kernels = kernels_named(module, isa);
+    if (!kernels || method_from(name, &method) || packed_from(module, tuple, &p))
+        return NULL;
+    const void *x = activations_of(x_object, "x", &p, p.cols, &tokens);
+    int type = p.dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT;
+    if (!x || (bias_object != Py_None && !(bias = vector_of(bias_object, "bias", type, p.rows))))
+        return NULL;
+    size_t bytes = fp_matmul_work(&p, tokens, threads);
+    PyArrayObject *y = new_dense(tuple, &p, 1, tokens, p.rows);
+    void *work = y ? new_work(bytes) : NULL;
+    if (!work) {
+        Py_XDECREF(y);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_matmul_forward(kernels, &p, x, tokens, bias, PyArray_DATA(y), method, threads, work,
+                               bytes);
+    Py_END_ALLOW_THREADS
+    free_work(work);
+    return array_or_raise(y, status);
+}
+
+PyObject *py_matmul_backward(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"packed", "dy", "threads", "isa", NULL};
+    PyObject *tuple, *object;
+    int threads = 1;
+    const char *isa = NULL;
+    size_t tokens;
+    fp_packed p;
+    fp_status status;
+    PARSE("OO|iz", &tuple, &object, &threads, &isa)
+    const fp_kernels *kernels = kernels_named(module, isa);
+    if (!kernels || packed_from(module, tuple, &p))
+        return NULL;
+    const void *dy = activations_of(object, "dy", &p, p.rows, &tokens);
+    if (!dy)
+        return NULL;
+    size_t bytes = fp_matmul_work(&p, tokens, threads);
+    PyArrayObject *dx = new_dense(tuple, &p, 1, tokens, p.cols);
+    void *work = dx ? new_work(bytes) : NULL;
+    if (!work) {
+        Py_XDECREF(dx);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status = fp_matmul_backward(kernels, &p, dy, tokens, PyArray_DATA(dx), threads, work, bytes);
+    Py_END_ALLOW_THREADS
+    free_work(work);
+    return array_or_raise(dx, status);
+}
+
+PyObject *py_matmul_gradient(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"packed", "dy", "x", "threads", "isa", NULL};
+    PyObject *tuple, *dy_object, *x_object;
+    int threads = 1;
+    const char *isa = NULL;
+    size_t tokens, x_tokens;
+    fp_packed p;
+    fp_status status;
+    PARSE("OOO|iz", &tuple, &dy_object, &x_object, &threads, &isa)
+    const fp_kernels *kernels = kernels_named(module, isa);
+    if (!kernels || packed_from(module, tuple, &p))
+        return NULL;
+    const void *dy = activations_of(dy_object, "dy", &p, p.rows, &tokens);
+    const void *x = dy ? activations_of(x_object, "x", &p, p.cols, &x_tokens) : NULL;
+    if (!x)
+        return NULL;
+    if (tokens != x_tokens)
+        return raise_status(FP_ERR_SHAPE);
+    size_t bytes = fp_matmul_work(&p, tokens, threads);
+    PyArrayObject *dvalues = new_vector(p.dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT, kept_of(&p));
+    void *work = dvalues ? new_work(bytes) : NULL;
+    if (!work) {
+        Py_XDECREF(dvalues);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    status =
+        fp_matmul_gradient(kernels, &p, dy, x, tokens, PyArray_DATA(dvalues), threads, work, bytes);
+    Py_END_ALLOW_THREADS
+    free_work(work);
+    return array_or_raise(dvalues, status);
+}
+
+PyObject *py_matmul_choice(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"packed", "tokens", NULL};
+    static const char *const answers[] = {"auto", "vector", "sparse", "dense"};
+    PyObject *tuple;
+    Py_ssize_t tokens;
+    fp_packed p;
+    PARSE("On", &tuple, &tokens)
+    if (packed_from(module, tuple, &p))
+        return NULL;
+    if (tokens < 0)
+        return raise_status(FP_ERR_RANGE);
+    return PyUnicode_FromString(answers[fp_matmul_choice(&p, (size_t)tokens)]);
+}

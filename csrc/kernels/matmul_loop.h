@@ -1,0 +1,163 @@
+/* The loops of the matmul family, the same for all instruction sets. A variant's file sets the
+ * target, defines the type `vector` of `LANES` floats and
+ *
+ *     load(x), store(x, v), splat(a), zero();
+ *     muladd(a, b, c): a b + c;
+ *     reduce4(a, b, c, d, y): y[0 .. 4) = the sums of each one's lanes;
+ *
+ * and then includes this file. */
+#include "matmul.h"
+#include "target.h"
+
+#define INLINE static inline __attribute__((always_inline))
+enum { MOST = FP_WIDTH_MAX / LANES, STEP = FP_WIDTH_STEP / LANES };
+
+/* Calls body(..., vectors) with `vectors` a constant, so that sums stay in registers. */
+#define BY_WIDTH(body, ...)                                                                        \
+    switch (width / FP_WIDTH_STEP) {                                                               \
+    case 1:                                                                                        \
+        body(__VA_ARGS__, STEP);                                                                   \
+        break;                                                                                     \
+    case 2:                                                                                        \
+        body(__VA_ARGS__, 2 * STEP);                                                               \
+        break;                                                                                     \
+    case 3:                                                                                        \
+        body(__VA_ARGS__, 3 * STEP);                                                               \
+        break;                                                                                     \
+    case 4:                                                                                        \
+        body(__VA_ARGS__, 4 * STEP);                                                               \
+        break;                                                                                     \
+    case 5:                                                                                        \
+        body(__VA_ARGS__, 5 * STEP);                                                               \
+        break;                                                                                     \
+    case 6:                                                                                        \
+        body(__VA_ARGS__, 6 * STEP);                                                               \
+        break;                                                                                     \
+    }
+
+INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values, const float *x,
+                         float *y, const int vectors)
+{
+    const size_t width = (size_t)vectors * LANES;
+    for (size_t i = 0; i < rows; i++, y += width) {
+        vector sum[MOST];
+        FP_UNROLL
+        for (int v = 0; v < vectors; v++)
+            sum[v] = load(y + LANES * v);
+        for (uint64_t m = mask[i]; m; m &= m - 1) {
+            const float *from = x + width * (size_t)__builtin_ctzll(m);
+            vector w = splat(*values++);
+            FP_UNROLL
+            for (int v = 0; v < vectors; v++)
+                sum[v] = muladd(w, load(from + LANES * v), sum[v]);
+        }
+        FP_UNROLL
+        for (int v = 0; v < vectors; v++)
+            store(y + LANES * v, sum[v]);
+    }
+}
+
+static void forward FP_FORWARD_SIGNATURE(float)
+{
+    BY_WIDTH(forward_body, mask, rows, values, x, y)
+}
+
+/* bit i of columns[j] = bit j of mask[i]: squares of 32, 16, ... 1 bits are swapped
+ * across the diagonal. */
+static void transpose_bits(const uint64_t *mask, size_t rows, uint64_t columns[FP_TILE])
+{
+    for (size_t i = 0; i < FP_TILE; i++)
+        columns[i] = i < rows ? mask[i] : 0;
+    uint64_t low = 0xffffffffu;
+    for (size_t size = 32; size; size /= 2, low ^= low << size)
+        for (size_t i = 0; i < FP_TILE; i = (i + size + 1) & ~size) {
+            uint64_t swap = (columns[i] >> size ^ columns[i + size]) & low;
+            columns[i] ^= swap << size;
+            columns[i + size] ^= swap;
+        }
+}
+
+/* By columns: a row's values are met in order, so one counter a row finds them. */
+INLINE void backward_body(const uint64_t *mask, size_t rows, const float *values, const float *dy,
+                          float *dx, const int vectors)
+{
+    const size_t width = (size_t)vectors * LANES;
+    uint64_t columns[FP_TILE];
+    uint32_t next[FP_TILE], before = 0;
+    transpose_bits(mask, rows, columns);
+    for (size_t i = 0; i < rows; i++) {
+        next[i] = before;
+        before += (uint32_t)__builtin_popcountll(mask[i]);
+    }
+    for (size_t j = 0; j < FP_TILE; j++, dx += width) {
+        vector sum[MOST];
+        FP_UNROLL
+        for (int v = 0; v < vectors; v++)
+            sum[v] = load(dx + LANES * v);
+        for (uint64_t m = columns[j]; m; m &= m - 1) {
+            size_t i = (size_t)__builtin_ctzll(m);
+            const float *from = dy + width * i;
+            vector w = splat(values[next[i]++]);
+            FP_UNROLL
+            for (int v = 0; v < vectors; v++)
+                sum[v] = muladd(w, load(from + LANES * v), sum[v]);
+        }
+        FP_UNROLL
+        for (int v = 0; v < vectors; v++)
+            store(dx + LANES * v, sum[v]);
+    }
+}
+
+static void backward FP_BACKWARD_SIGNATURE(float){
+    BY_WIDTH(backward_body, mask, rows, values, dy, dx)}
+
+/* Sums over the tokens for the first four columns of *m, which leaves it; the first again where
+ * fewer are left. */
+INLINE void gradient_of_four(uint64_t *m, const vector *d, const float *x, float sums[4],
+                             const int vectors)
+{
+    const size_t width = (size_t)vectors * LANES;
+    const float *from[4];
+    FP_UNROLL
+    for (int c = 0; c < 4; c++) {
+        from[c] = *m ? x + width * (size_t)__builtin_ctzll(*m) : from[0];
+        *m &= *m - 1; /* 0 stays 0 */
+    }
+    vector sum[4] = {zero(), zero(), zero(), zero()};
+    FP_UNROLL
+    for (int v = 0; v < vectors; v++) {
+        FP_UNROLL
+        for (int c = 0; c < 4; c++)
+            sum[c] = muladd(d[v], load(from[c] + LANES * v), sum[c]);
+    }
+    reduce4(sum[0], sum[1], sum[2], sum[3], sums);
+}
+
+INLINE void gradient_body(const uint64_t *mask, size_t rows, const float *dy, const float *x,
+                          float *dvalues, const int vectors)
+{
+    const size_t width = (size_t)vectors * LANES;
+    for (size_t i = 0; i < rows; i++, dy += width) {
+        uint64_t m = mask[i];
+        int left = __builtin_popcountll(m);
+        vector d[MOST];
+        float sums[4];
+        FP_UNROLL
+        for (int v = 0; v < vectors; v++)
+            d[v] = load(dy + LANES * v);
+        for (; left >= 4; left -= 4, dvalues += 4) {
+            gradient_of_four(&m, d, x, sums, vectors);
+            for (int c = 0; c < 4; c++)
+                dvalues[c] += sums[c];
+        }
+        if (left)
+            gradient_of_four(&m, d, x, sums, vectors);
+        for (int c = 0; c < left; c++)
+            *dvalues++ += sums[c];
+    }
+}
+
+static void gradient FP_GRADIENT_SIGNATURE(float)
+{
+    BY_WIDTH(gradient_body, mask, rows, dy, x, dvalues)
+}

@@ -1,0 +1,188 @@
+/* The products of matmul.c for one type: REAL, and NAME(x) that makes its names. The file that
+ * includes this has the kernels by those names.
+ *
+ * Tokens go through in chunks, so that the transposed activations have a bounded size; in a chunk
+ * everything is first transposed to tiles, then tasks make tiles of the result. */
+
+typedef struct NAME(call) {
+    const fp_kernels *kernels;
+    const fp_packed *p;
+    const REAL *x, *dy, *bias;
+    REAL *y;       /* what is computed: y, dx or dvalues */
+    size_t tokens; /* of the chunk */
+    size_t token_tiles;
+    size_t group; /* rows (columns) of tiles that a task makes */
+    REAL *xt, *dyt;
+    char *buffers; /* one for every worker */
+} NAME(call);
+
+typedef struct NAME(buffer) {
+    REAL sums[GROUP * FP_TILE * FP_WIDTH_MAX];
+    REAL values[FP_TILE * FP_TILE];
+} NAME(buffer);
+
+/* Tile of transposed activations, of which all features of a tile of tokens lie together. */
+static REAL *NAME(tile)(REAL *t, size_t features, const token_tile *tokens, size_t feature)
+{
+    return t + (tokens->first * fp_tiles_in(features) + feature * tokens->width) * FP_TILE;
+}
+
+/* Rows are features, of which those past the last are zero, as are tokens up to the width. */
+static void NAME(transpose_tile)(const NAME(call) * c, const REAL *x, const float *scale,
+                                 size_t features, size_t item, REAL *t)
+{
+    size_t tiles = fp_tiles_in(features), feature = item % tiles;
+    size_t cols = fp_tile_size(features, feature);
+    token_tile tokens = token_tile_of(c->tokens, c->token_tiles, item / tiles);
+    t = NAME(tile)(t, features, &tokens, feature);
+    NAME(transpose)(c->kernels, x + tokens.first * features + feature * FP_TILE, features,
+                    tokens.count, cols, t, tokens.width);
+    for (size_t j = 0; j < FP_TILE; j++, t += tokens.width) {
+        size_t used = j < cols ? tokens.count : 0;
+        for (size_t i = 0; i < used && scale; i++)
+            t[i] *= (REAL)scale[feature * FP_TILE + j];
+        for (size_t i = used; i < tokens.width; i++)
+            t[i] = 0;
+    }
+}
+
+static void NAME(transpose_x)(void *context, size_t item, int worker)
+{
+    NAME(call) *c = context;
+    (void)worker;
+    NAME(transpose_tile)(c, c->x, NULL, c->p->cols, item, c->xt);
+}
+
+static void NAME(transpose_dy)(void *context, size_t item, int worker)
+{
+    NAME(call) *c = context;
+    (void)worker;
+    NAME(transpose_tile)(c, c->dy, c->p->scale, c->p->rows, item, c->dyt);
+}
+
+/* Sums of tiles [first, end) of features back to rows of tokens. */
+static void NAME(store)(const NAME(call) * c, const REAL *sums, size_t features, size_t first,
+                        size_t end, const token_tile *tokens)
+{
+    size_t begin = first * FP_TILE, last = end * FP_TILE < features ? end * FP_TILE : features;
+    NAME(transpose)(c->kernels, sums, tokens->width, last - begin, tokens->count,
+                    c->y + tokens->first * features + begin, features);
+}
+
+static void NAME(forward_task)(void *context, size_t item, int worker)
+{
+    NAME(call) *c = context;
+    const fp_packed *p = c->p;
+    NAME(buffer) *b = (NAME(buffer) *)(void *)c->buffers + worker;
+    token_tile tokens = token_tile_of(c->tokens, c->token_tiles, item % c->token_tiles);
+    size_t first = item / c->token_tiles * c->group, size = FP_TILE * tokens.width;
+    size_t down = fp_tiles_in(p->rows), end = down - first < c->group ? down : first + c->group;
+    memset(b->sums, 0, (end - first) * size * sizeof(REAL));
+    for (size_t col = 0; col < fp_tiles_in(p->cols); col++) {
+        const REAL *x = NAME(tile)(c->xt, p->cols, &tokens, col);
+        for (size_t row = first; row < end; row++) {
+            fp_tile tile = fp_packed_tile(p, row, col);
+            const REAL *values = NAME(values)(c->kernels, p, tile.offset, tile.kept, b->values);
+            NAME(forward)(c->kernels, tile.mask, tile.rows, values, x, tokens.width,
+                          b->sums + (row - first) * size);
+        }
+    }
+    REAL *y = b->sums;
+    for (size_t r = first * FP_TILE; r < end * FP_TILE && r < p->rows; r++, y += tokens.width) {
+        REAL scale = p->scale ? (REAL)p->scale[r] : 1, bias = c->bias ? c->bias[r] : 0;
+        for (size_t t = 0; t < tokens.width && (p->scale || c->bias); t++)
+            y[t] = y[t] * scale + bias;
+    }
+    NAME(store)(c, b->sums, p->rows, first, end, &tokens);
+}
+
+static void NAME(backward_task)(void *context, size_t item, int worker)
+{
+    NAME(call) *c = context;
+    const fp_packed *p = c->p;
+    NAME(buffer) *b = (NAME(buffer) *)(void *)c->buffers + worker;
+    token_tile tokens = token_tile_of(c->tokens, c->token_tiles, item % c->token_tiles);
+    size_t first = item / c->token_tiles * c->group, size = FP_TILE * tokens.width;
+    size_t across = fp_tiles_in(p->cols);
+    size_t end = across - first < c->group ? across : first + c->group;
+    memset(b->sums, 0, (end - first) * size * sizeof(REAL));
+    for (size_t row = 0; row < fp_tiles_in(p->rows); row++) {
+        const REAL *dy = NAME(tile)(c->dyt, p->rows, &tokens, row);
+        for (size_t col = first; col < end; col++) {
+            fp_tile tile = fp_packed_tile(p, row, col);
+            const REAL *values = NAME(values)(c->kernels, p, tile.offset, tile.kept, b->values);
+            NAME(backward)(c->kernels, tile.mask, tile.rows, values, dy, tokens.width,
+                           b->sums + (col - first) * size);
+        }
+    }
+    NAME(store)(c, b->sums, p->cols, first, end, &tokens);
+}
+
+/* A row of tiles, all tokens of the chunk in order. */
+static void NAME(gradient_task)(void *context, size_t row, int worker)
+{
+    NAME(call) *c = context;
+    const fp_packed *p = c->p;
+    (void)worker;
+    for (size_t i = 0; i < c->token_tiles; i++) {
+        token_tile tokens = token_tile_of(c->tokens, c->token_tiles, i);
+        const REAL *dy = NAME(tile)(c->dyt, p->rows, &tokens, row);
+        for (size_t col = 0; col < fp_tiles_in(p->cols); col++) {
+            fp_tile tile = fp_packed_tile(p, row, col);
+            NAME(gradient)(c->kernels, tile.mask, tile.rows, dy,
+                           NAME(tile)(c->xt, p->cols, &tokens, col), tokens.width,
+                           c->y + tile.offset);
+        }
+    }
+}
+
+/* Workspace: transposed activations of a chunk, then buffers. With base NULL only their size. */
+static size_t NAME(plan)(NAME(call) * c, size_t tokens, int threads, char *base)
+{
+    size_t used = 0, most = tokens < CHUNK ? tokens : CHUNK;
+    size_t tile = (most + FP_WIDTH_STEP - 1) / FP_WIDTH_STEP * FP_WIDTH_STEP * FP_TILE;
+    c->xt = fp_take(base, &used, fp_tiles_in(c->p->cols) * tile, sizeof(REAL));
+    c->dyt = fp_take(base, &used, fp_tiles_in(c->p->rows) * tile, sizeof(REAL));
+    c->buffers = fp_take(base, &used, (size_t)fp_clamp_threads(threads), sizeof(NAME(buffer)));
+    return used;
+}
+
+/* The largest group of tiles that gives every thread a few tasks. */
+static size_t NAME(group)(size_t tiles, size_t token_tiles, int threads)
+{
+    size_t group = GROUP;
+    while (group > 1 && (tiles + group - 1) / group * token_tiles < 4 * (size_t)threads)
+        group--;
+    return threads > 1 ? group : GROUP;
+}
+
+typedef enum NAME(kind) { NAME(FORWARD), NAME(BACKWARD), NAME(GRADIENT) } NAME(kind);
+
+static void NAME(run)(NAME(call) call, NAME(kind) kind, size_t tokens, int threads, void *work)
+{
+    const fp_packed *p = call.p;
+    size_t down = fp_tiles_in(p->rows), across = fp_tiles_in(p->cols);
+    NAME(plan)(&call, tokens, threads, work);
+    for (size_t begin = 0; begin < tokens; begin += CHUNK) {
+        NAME(call) c = call;
+        c.tokens = tokens - begin < CHUNK ? tokens - begin : CHUNK;
+        c.token_tiles = (c.tokens + FP_WIDTH_MAX - 1) / FP_WIDTH_MAX;
+        if (kind != NAME(BACKWARD)) {
+            c.x += begin * p->cols;
+            fp_parallel_for(c.token_tiles * across, threads, NAME(transpose_x), &c);
+        }
+        if (kind != NAME(FORWARD)) {
+            c.dy += begin * p->rows;
+            fp_parallel_for(c.token_tiles * down, threads, NAME(transpose_dy), &c);
+        }
+        if (kind == NAME(GRADIENT)) {
+            fp_parallel_for(down, threads, NAME(gradient_task), &c);
+            continue;
+        }
+        size_t tiles = kind == NAME(FORWARD) ? down : across;
+        c.y += begin * (kind == NAME(FORWARD) ? p->rows : p->cols);
+        c.group = NAME(group)(tiles, c.token_tiles, threads);
+        fp_parallel_for((tiles + c.group - 1) / c.group * c.token_tiles, threads,
+                        kind == NAME(FORWARD) ? NAME(forward_task) : NAME(backward_task), &c);
+    }
+}
