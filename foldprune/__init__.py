@@ -26,6 +26,7 @@ from .errors import (
     TensorTypeError,
     UnmatchedTensorWarning,
 )
+from .folded import NodesState, folded_attention
 from .packed import Packed, pack, packed_matmul
 from .recipe import Recipe
 from .report import Report, Row, Total
@@ -42,6 +43,7 @@ __all__ = [
     "HeadSizeWarning",
     "ModelError",
     "Moments",
+    "NodesState",
     "Packed",
     "Point",
     "RateError",
@@ -55,6 +57,7 @@ __all__ = [
     "UnmatchedTensorWarning",
     "Verification",
     "compress",
+    "folded_attention",
     "load",
     "pack",
     "packed_matmul",

@@ -17,6 +17,7 @@ const fp_kernels fp_kernels_scalar = {
     .half_to_float = fp_half_to_float_scalar,
     .mask_above = fp_mask_above_scalar,
     .histogram_low = fp_histogram_low_scalar,
+    .softmax = &fp_softmax_scalar,
     .matmul = &fp_matmul_scalar,
 };
 

@@ -3,6 +3,8 @@
 #ifndef FP_SIMDE_SHIM_H
 #define FP_SIMDE_SHIM_H
 
+#include <math.h>
+
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
@@ -14,6 +16,24 @@
 #undef FP_AVX512_FEATURES
 #define FP_AVX2_FEATURES "sse2"
 #define FP_AVX512_FEATURES "sse2"
+
+/* SIMDe's are not fused without the hardware. */
+#define FP_SHIM_FMA(bits, lanes)                                                                   \
+    static inline __m##bits fp_fmadd##bits(__m##bits a, __m##bits b, __m##bits c)                  \
+    {                                                                                              \
+        float x[lanes], y[lanes], z[lanes];                                                        \
+        _mm##bits##_storeu_ps(x, a);                                                               \
+        _mm##bits##_storeu_ps(y, b);                                                               \
+        _mm##bits##_storeu_ps(z, c);                                                               \
+        for (int i = 0; i < (lanes); i++)                                                          \
+            x[i] = fmaf(x[i], y[i], z[i]);                                                         \
+        return _mm##bits##_loadu_ps(x);                                                            \
+    }
+FP_SHIM_FMA(256, 8)
+FP_SHIM_FMA(512, 16)
+#undef _mm512_fmadd_ps
+#define _mm256_fmadd_ps fp_fmadd256
+#define _mm512_fmadd_ps fp_fmadd512
 
 /* What SIMDe lacks. */
 typedef uint8_t __mmask8;
