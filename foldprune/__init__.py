@@ -28,6 +28,7 @@ from .errors import (
     TensorTypeError,
     UnmatchedTensorWarning,
 )
+from .folded import NodesState, folded_attention
 from .packed import Packed, pack, packed_matmul
 from .recipe import Recipe
 from .report import Report, Row, Total
@@ -46,6 +47,7 @@ __all__ = [
     "ModelError",
     "ModuleError",
     "Moments",
+    "NodesState",
     "Packed",
     "Point",
     "RateError",
@@ -59,6 +61,7 @@ __all__ = [
     "UnmatchedTensorWarning",
     "Verification",
     "compress",
+    "folded_attention",
     "load",
     "pack",
     "packed_matmul",

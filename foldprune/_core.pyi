@@ -134,6 +134,67 @@ def swap(
 # Per row (w_new - w) c (w_new - w)^T and w c w^T, float64 (out,)
 def damage(w: _Array, w_new: _Array, c: _Array, threads: int = 1) -> tuple[_Array, _Array]: ...
 
+# Below, q (batch, heads, n, rank), k (batch, kv_heads, m, rank), v (batch, kv_heads, m, dim): all
+# float32 or all float64, last dimension contiguous, rows that do not overlap, else any strides;
+# key_mask: bool (batch, m), True = visible. See csrc/include/foldprune_attention.h.
+
+# out (batch, heads, n, dim), a view of (batch, n, heads, dim); lse: float64 (batch, heads, n);
+# nodes: int32 (batch, kv_heads), 0 where exact. method: "auto", "exact", "nodes".
+def attention(
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    scale: float = 1.0,
+    causal: bool = False,
+    key_mask: _Array | None = None,
+    method: str = "auto",
+    tol: float = 1e-6,
+    threads: int = 1,
+    isa: str | None = None,
+) -> tuple[_Array, _Array, _Array]: ...
+
+# (dq, dk, dv) of sum(dout * out), in q's, k's and v's shapes; out, lse and nodes as returned.
+def attention_backward(
+    dout: _Array,
+    q: _Array,
+    k: _Array,
+    v: _Array,
+    out: _Array,
+    lse: _Array,
+    nodes: _Array,
+    scale: float = 1.0,
+    causal: bool = False,
+    key_mask: _Array | None = None,
+    threads: int = 1,
+    isa: str | None = None,
+) -> tuple[_Array, _Array, _Array]: ...
+
+# A state of decoding by nodes, see fp_nodes_state: low, high, key_range, size, sum, reference, out;
+# all float64, the last five are written to.
+_Nodes = tuple[_Array, _Array, _Array, _Array, _Array, _Array, _Array]
+
+# False where the nodes are too few for the range of the keys; then nothing has changed.
+def nodes_append(
+    state: _Nodes,
+    k: _Array,
+    v: _Array,
+    key_mask: _Array | None = None,
+    threads: int = 1,
+    isa: str | None = None,
+) -> bool: ...
+
+# out (batch, heads, n, dim) and needed, int32 (batch, kv_heads): how many nodes might reach tol, 0
+# where there are enough. out is None where they are not, or a query is outside the range.
+def nodes_attend(
+    state: _Nodes,
+    q: _Array,
+    kv_heads: int,
+    dim: int,
+    scale: float = 1.0,
+    tol: float = 1e-6,
+    threads: int = 1,
+) -> tuple[_Array | None, _Array]: ...
+
 # Packed matrices: (rows, cols, mask, offset, values, scale), see fp_packed in
 # csrc/include/foldprune.h. mask: uint64 words; offset: uint64, packed_offsets' answer for the mask,
 # and trusted; values None where they are not needed; scale: float32 (rows,) for int8 values.

@@ -71,8 +71,8 @@ class Packed:
         count = int(self.offset[-1])
         if values.shape != (count,):
             raise TensorError(f"values: the mask keeps {count}, got shape {values.shape}")
-        self.values = np.ascontiguousarray(values)
-        self.scale = None if scale is None else np.ascontiguousarray(scale)
+        self.values = np.require(values, requirements=["C", "A"])
+        self.scale = scale if scale is None else np.require(scale, requirements=["C", "A"])
         self._core = (rows, cols, self.mask, self.offset, self.values, self.scale)
 
     @property
@@ -106,7 +106,7 @@ class Packed:
 
 
 def _read_only(array: Array) -> Array:
-    view = np.ascontiguousarray(array).view()
+    view = np.require(array, requirements=["C", "A"]).view()
     view.flags.writeable = False
     return view
 
@@ -143,7 +143,7 @@ def pack(w: Array, mask: Array | None = None, dtype: Any = None) -> Packed:
         )
     stored = value_dtype(w.dtype if dtype is None else dtype)
     threads = resolve_threads(None)
-    w = np.ascontiguousarray(w)
+    w = np.require(w, requirements=["C", "A"])
     if not _core.all_finite(w, threads):
         raise TensorError("w: has NaN or infinite numbers; a weight must be finite")
     if mask is None:
@@ -175,12 +175,13 @@ def pack(w: Array, mask: Array | None = None, dtype: Any = None) -> Packed:
 
 def value_dtype(dtype: Any) -> np.dtype[Any]:
     """A dtype of packed values by its name. TensorTypeError if it is none."""
+    message = f"dtype={dtype!r}: expected {_NAMES}"
     try:
         found = np.dtype(bfloat16 if dtype == "bfloat16" else dtype)
     except TypeError:
-        found = None
+        raise TensorTypeError(message) from None
     if found not in _VALUE_DTYPES:
-        raise TensorTypeError(f"dtype={dtype!r}: expected {_NAMES}")
+        raise TensorTypeError(message)
     return found
 
 
@@ -229,7 +230,7 @@ def packed_matmul(
             raise TensorTypeError("bias: expected a floating NumPy array")
         if bias.shape != (rows,):
             raise TensorError(f"bias: expected shape ({rows},), got {bias.shape}")
-        bias = np.ascontiguousarray(bias, accumulate)
-    flat = np.ascontiguousarray(x, accumulate).reshape(math.prod(x.shape[:-1]), cols)
+        bias = np.require(bias, accumulate, ["C", "A"])
+    flat = np.require(x, accumulate, ["C", "A"]).reshape(math.prod(x.shape[:-1]), cols)
     y = _core.matmul(packed._core, flat, bias, resolve_threads(threads))
     return y.reshape(*x.shape[:-1], rows).astype(x.dtype, copy=False)

@@ -330,15 +330,16 @@ fp_status fp_damage(const fp_matrix *w, const fp_matrix *w_new, const double *c,
 /* ---- matrices that run packed (methods/packed.c) ------------------------------------- *
  * W (rows x cols) is cut into tiles of FP_TILE x FP_TILE, a row of tiles after the other; those at
  * the right and lower edges are smaller. A tile has one mask word for every row, bit j for its
- * column j, unused bits zero, and its kept values row after row. So products walk through the values
- * in order, forwards by rows and backwards by columns. */
+ * column j, unused bits zero, and its kept values row after row. So products walk through the
+ * values in order, forwards by rows and backwards by columns. */
 enum { FP_TILE = 64 };
 
 typedef struct fp_packed {
     size_t rows, cols;
-    fp_dtype dtype;         /* of the values */
-    const uint64_t *mask;   /* fp_packed_words */
-    const uint64_t *offset; /* fp_packed_tiles + 1: each tile's first value, and how many there are */
+    fp_dtype dtype;       /* of the values */
+    const uint64_t *mask; /* fp_packed_words */
+    const uint64_t
+        *offset; /* fp_packed_tiles + 1: each tile's first value, and how many there are */
     const void *values;
     const float *scale; /* FP_I8: one per row, which its values are multiplied by; else NULL */
 } fp_packed;

@@ -17,6 +17,7 @@ const fp_kernels fp_kernels_scalar = {
     .half_to_float = fp_half_to_float_scalar,
     .mask_above = fp_mask_above_scalar,
     .histogram_low = fp_histogram_low_scalar,
+    .softmax = &fp_softmax_scalar,
     .matmul = &fp_matmul_scalar,
 };
 
@@ -35,8 +36,8 @@ static int has_avx2(void)
 {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("popcnt");
+           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
 }
 
 static int has_avx512(void)

@@ -7,6 +7,7 @@
 #define FOLDPRUNE_KERNELS_H
 
 #include "foldprune.h"
+#include "softmax.h"
 
 /* values[0 .. kept) = elements of x[0 .. n) whose mask bit is set. kept is the exact number of
  * them. */
@@ -41,6 +42,7 @@ struct fp_kernels {
     /* Of the elements whose |s[i]| has `high` in bits 30..16, histogram[bits 15..0] += 1. */
     void (*histogram_low)(const float *s, size_t n, uint32_t high, uint32_t *histogram);
 
+    const struct fp_softmax_kernels *softmax; /* softmax family (softmax_*.c) */
     const struct fp_matmul_kernels *matmul; /* matmul.h */
 };
 

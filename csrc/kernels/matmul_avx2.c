@@ -43,6 +43,11 @@ static inline vector muladd(vector a, vector b, vector c)
     return _mm256_fmadd_ps(a, b, c);
 }
 
+static inline size_t lowest_bit(uint64_t m)
+{
+    return _tzcnt_u64(m);
+}
+
 static inline void reduce4(vector a, vector b, vector c, vector d, float *y)
 {
     vector pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
@@ -56,50 +61,50 @@ static inline void reduce4(vector a, vector b, vector c, vector d, float *y)
      FP_UNPACK_WORD((m) >> 4, W, 0), FP_UNPACK_WORD((m) >> 4, W, 1)}
 static const uint64_t expand_table[256][4] = {FP_TABLE_256(HALVES, 4)};
 
-static inline vector expand(__m256i halves, unsigned bits)
+static inline vector expand(__m256i halves, size_t bits)
 {
     const __m256i *entry = (const __m256i *)expand_table[bits];
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(halves, _mm256_loadu_si256(entry)));
 }
 
-static inline unsigned mask_bits(const uint8_t *mask, int v)
+static inline size_t mask_bits(const uint8_t *mask, int v)
 {
     return mask[v];
 }
 
 /* Of the first four lanes: where the values of the others begin. */
-static inline size_t low_count(unsigned bits)
+static inline size_t low_count(size_t bits)
 {
-    return (size_t)_mm_popcnt_u32(bits & 15);
+    return (size_t)_mm_popcnt_u64(_bzhi_u64(bits, 4));
 }
 
-static inline vector expand_f32(const float *values, unsigned bits)
+static inline vector expand_f32(const float *values, size_t bits)
 {
     __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)values));
     const __m128i *high = (const __m128i *)(values + low_count(bits));
     return expand(_mm256_inserti128_si256(low, _mm_loadu_si128(high), 1), bits);
 }
 
-static inline __m128i load_halves(const uint16_t *values, unsigned bits)
+static inline __m128i load_halves(const uint16_t *values, size_t bits)
 {
     __m128i low = _mm_loadl_epi64((const __m128i *)values);
     const uint16_t *high = values + low_count(bits);
     return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), (const __m64 *)high));
 }
 
-static inline vector expand_f16(const uint16_t *values, unsigned bits)
+static inline vector expand_f16(const uint16_t *values, size_t bits)
 {
     vector wide = _mm256_cvtph_ps(load_halves(values, bits));
     return expand(_mm256_castps_si256(wide), bits);
 }
 
-static inline vector expand_bf16(const uint16_t *values, unsigned bits)
+static inline vector expand_bf16(const uint16_t *values, size_t bits)
 {
     __m256i wide = _mm256_cvtepu16_epi32(load_halves(values, bits));
     return expand(_mm256_slli_epi32(wide, 16), bits);
 }
 
-static inline vector expand_i8(const int8_t *values, unsigned bits)
+static inline vector expand_i8(const int8_t *values, size_t bits)
 {
     int32_t low, high;
     memcpy(&low, values, sizeof low);

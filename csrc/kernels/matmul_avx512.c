@@ -42,6 +42,11 @@ static inline vector muladd(vector a, vector b, vector c)
     return _mm512_fmadd_ps(a, b, c);
 }
 
+static inline size_t lowest_bit(uint64_t m)
+{
+    return _tzcnt_u64(m);
+}
+
 static inline __m256 halves_sum(vector a)
 {
     return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -54,7 +59,7 @@ static inline void reduce4(vector a, vector b, vector c, vector d, float *y)
     _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
 
-static inline unsigned mask_bits(const uint8_t *mask, int v)
+static inline size_t mask_bits(const uint8_t *mask, int v)
 {
     uint16_t bits;
     memcpy(&bits, mask + 2 * v, sizeof bits);
@@ -62,28 +67,29 @@ static inline unsigned mask_bits(const uint8_t *mask, int v)
 }
 
 /* Expanded between registers: from memory the instruction is slow on Zen 4. */
-static inline vector expand_f32(const float *values, unsigned bits)
+static inline vector expand_f32(const float *values, size_t bits)
 {
     return _mm512_maskz_expand_ps((__mmask16)bits, _mm512_loadu_ps(values));
 }
 
-static inline vector expand_f16(const uint16_t *values, unsigned bits)
+static inline vector expand_f16(const uint16_t *values, size_t bits)
 {
     vector wide = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)values));
     return _mm512_maskz_expand_ps((__mmask16)bits, wide);
 }
 
-static inline vector expand_bf16(const uint16_t *values, unsigned bits)
+static inline vector expand_bf16(const uint16_t *values, size_t bits)
 {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values));
     wide = _mm512_slli_epi32(wide, 16);
     return _mm512_maskz_expand_ps((__mmask16)bits, _mm512_castsi512_ps(wide));
 }
 
-static inline vector expand_i8(const int8_t *values, unsigned bits)
+static inline vector expand_i8(const int8_t *values, size_t bits)
 {
-    __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)values));
-    return _mm512_maskz_expand_ps((__mmask16)bits, _mm512_cvtepi32_ps(wide));
+    vector wide =
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)values)));
+    return _mm512_maskz_expand_ps((__mmask16)bits, wide);
 }
 
 #include "matmul_loop.h"

@@ -3,6 +3,7 @@
  *
  *     load(x), store(x, v), splat(a), zero();
  *     muladd(a, b, c): a b + c;
+ *     lowest_bit(m): the number of the lowest bit of m, not 0;
  *     reduce4(a, b, c, d, y): y[0 .. 4) = the sums of each one's lanes;
  *
  * and then includes this file. */
@@ -45,7 +46,7 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
         for (int v = 0; v < vectors; v++)
             sum[v] = load(y + LANES * v);
         for (uint64_t m = mask[i]; m; m &= m - 1) {
-            const float *from = x + width * (size_t)__builtin_ctzll(m);
+            const float *from = x + width * lowest_bit(m);
             vector w = splat(*values++);
             FP_UNROLL
             for (int v = 0; v < vectors; v++)
@@ -95,7 +96,7 @@ INLINE void backward_body(const uint64_t *mask, size_t rows, const float *values
         for (int v = 0; v < vectors; v++)
             sum[v] = load(dx + LANES * v);
         for (uint64_t m = columns[j]; m; m &= m - 1) {
-            size_t i = (size_t)__builtin_ctzll(m);
+            size_t i = lowest_bit(m);
             const float *from = dy + width * i;
             vector w = splat(values[next[i]++]);
             FP_UNROLL
@@ -111,37 +112,49 @@ INLINE void backward_body(const uint64_t *mask, size_t rows, const float *values
 static void backward FP_BACKWARD_SIGNATURE(float){
     BY_WIDTH(backward_body, mask, rows, values, dy, dx)}
 
-/* Four kept columns at a time, the last ones repeated where fewer are left. */
+/* Sums over the tokens for the first four columns of *m, which leaves it; the first again where
+ * fewer are left. */
+INLINE void gradient_of_four(uint64_t *m, const vector *d, const float *x, float sums[4],
+                             const int vectors)
+{
+    const size_t width = (size_t)vectors * LANES;
+    const float *first = x + width * lowest_bit(*m), *from[4];
+    FP_UNROLL
+    for (int c = 0; c < 4; c++) {
+        from[c] = *m ? x + width * lowest_bit(*m) : first;
+        *m &= *m - 1; /* 0 stays 0 */
+    }
+    vector sum[4] = {zero(), zero(), zero(), zero()};
+    FP_UNROLL
+    for (int v = 0; v < vectors; v++) {
+        FP_UNROLL
+        for (int c = 0; c < 4; c++)
+            sum[c] = muladd(d[v], load(from[c] + LANES * v), sum[c]);
+    }
+    reduce4(sum[0], sum[1], sum[2], sum[3], sums);
+}
+
 INLINE void gradient_body(const uint64_t *mask, size_t rows, const float *dy, const float *x,
                           float *dvalues, const int vectors)
 {
     const size_t width = (size_t)vectors * LANES;
     for (size_t i = 0; i < rows; i++, dy += width) {
+        uint64_t m = mask[i];
+        int left = __builtin_popcountll(m);
         vector d[MOST];
+        float sums[4];
         FP_UNROLL
         for (int v = 0; v < vectors; v++)
             d[v] = load(dy + LANES * v);
-        for (uint64_t m = mask[i]; m;) {
-            const float *from[4];
-            int count = 0;
-            FP_UNROLL
-            for (int c = 0; c < 4; c++) {
-                from[c] = m ? x + width * (size_t)__builtin_ctzll(m) : from[0];
-                count += m != 0;
-                m &= m - 1; /* 0 stays 0 */
-            }
-            vector sum[4] = {zero(), zero(), zero(), zero()};
-            FP_UNROLL
-            for (int v = 0; v < vectors; v++) {
-                FP_UNROLL
-                for (int c = 0; c < 4; c++)
-                    sum[c] = muladd(d[v], load(from[c] + LANES * v), sum[c]);
-            }
-            float sums[4];
-            reduce4(sum[0], sum[1], sum[2], sum[3], sums);
-            for (int c = 0; c < count; c++)
-                *dvalues++ += sums[c];
+        for (; left >= 4; left -= 4, dvalues += 4) {
+            gradient_of_four(&m, d, x, sums, vectors);
+            for (int c = 0; c < 4; c++)
+                dvalues[c] += sums[c];
         }
+        if (left)
+            gradient_of_four(&m, d, x, sums, vectors);
+        for (int c = 0; c < left; c++)
+            *dvalues++ += sums[c];
     }
 }
 

@@ -32,6 +32,11 @@ static inline vector muladd(vector a, vector b, vector c)
     return vfmaq_f32(c, a, b);
 }
 
+static inline size_t lowest_bit(uint64_t m)
+{
+    return (size_t)__builtin_ctzll(m);
+}
+
 static inline void reduce4(vector a, vector b, vector c, vector d, float *y)
 {
     vst1q_f32(y, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));

@@ -28,9 +28,9 @@
                 const uint8_t *bytes = (const uint8_t *)(mask + i);                                \
                 FP_UNROLL                                                                          \
                 for (int v = 0; v < FP_TILE / LANES; v++) {                                        \
-                    unsigned bits = mask_bits(bytes, v);                                           \
+                    size_t bits = mask_bits(bytes, v);                                             \
                     vector w = expand_##suffix(values, bits);                                      \
-                    values += __builtin_popcount(bits);                                            \
+                    values += __builtin_popcountll(bits);                                          \
                     FP_UNROLL                                                                      \
                     for (int t = 0; t < tokens; t++) {                                             \
                         vector from = t ? load(x + stride * (size_t)t + LANES * v) : first[v];     \

@@ -62,6 +62,7 @@
         .half_to_float = half_to_float,                                                            \
         .mask_above = mask_above,                                                                  \
         .histogram_low = histogram_low,                                                            \
+        .softmax = &fp_softmax_##isa,                                                              \
         .matmul = &fp_matmul_##isa,                                                                \
     };
 

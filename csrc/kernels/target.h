@@ -23,7 +23,7 @@
 #endif
 
 /* What cpu.c checks before it chooses the variant, and nothing more. */
-#define FP_AVX2_FEATURES "avx2,fma,f16c,bmi2,popcnt"
-#define FP_AVX512_FEATURES "avx2,fma,f16c,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq"
+#define FP_AVX2_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt"
+#define FP_AVX512_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq"
 
 #endif

@@ -1,6 +1,7 @@
 /* Products with packed matrices. */
 #include "matmul.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "lapack.h"
@@ -154,7 +155,9 @@ static void run_vector(vector_call *c, int threads, void *work)
 
 /* ---- nearly dense -------------------------------------------------------------------- */
 
-enum { PANEL_COLS = 8 }; /* tiles that are unpacked at a time, beside each other */
+/* What is unpacked at a time, in tiles: it stays in the second cache, and is large enough for BLAS.
+ */
+enum { DENSE_DOWN = 4, DENSE_ACROSS = 8, DENSE_STRIDE = DENSE_ACROSS * FP_TILE };
 
 typedef struct dense_call {
     const fp_kernels *kernels;
@@ -163,45 +166,49 @@ typedef struct dense_call {
     float *y;
     size_t tokens;
     struct dense_buffer {
-        float w[FP_TILE * PANEL_COLS * FP_TILE], values[FP_TILE * FP_TILE];
+        float w[DENSE_DOWN * FP_TILE * DENSE_STRIDE], values[FP_TILE * FP_TILE];
     } *buffers;
 } dense_call;
 
-static void dense_task(void *context, size_t row, int worker)
+static void unpack_tile(const dense_call *c, size_t row, size_t col, float *buffer, float *w)
+{
+    fp_tile tile = fp_packed_tile(c->p, row, col);
+    const float *values = fp_packed_floats(c->kernels, c->p, tile.offset, tile.kept, buffer);
+    const float *end = values + tile.kept;
+    for (size_t i = 0; i < tile.rows; i++) {
+        fp_packed_unpack_row(c->kernels, sizeof(float), values, (size_t)(end - values),
+                             tile.mask[i], FP_TILE, w + i * DENSE_STRIDE);
+        values += __builtin_popcountll(tile.mask[i]);
+    }
+}
+
+static void dense_task(void *context, size_t item, int worker)
 {
     dense_call *c = context;
     const fp_packed *p = c->p;
     struct dense_buffer *b = &c->buffers[worker];
-    size_t across = fp_tiles_in(p->cols), rows = fp_tile_size(p->rows, row);
-    float *y = c->y + row * FP_TILE;
-    for (size_t t = 0; t < c->tokens; t++)
-        for (size_t i = 0; i < rows; i++)
-            y[t * p->rows + i] = 0;
-    for (size_t first = 0; first < across; first += PANEL_COLS) {
-        size_t end = across - first < PANEL_COLS ? across : first + PANEL_COLS;
-        for (size_t col = first; col < end; col++) {
-            fp_tile tile = fp_packed_tile(p, row, col);
-            const float *values =
-                fp_packed_floats(c->kernels, p, tile.offset, tile.kept, b->values);
-            for (size_t i = 0; i < rows; i++) {
-                size_t kept = (size_t)__builtin_popcountll(tile.mask[i]);
-                fp_packed_unpack_row(c->kernels, sizeof(float), values, kept, tile.mask[i], FP_TILE,
-                                     b->w + (i * PANEL_COLS + col - first) * FP_TILE);
-                values += kept;
-            }
-        }
-        size_t cols = end * FP_TILE < p->cols ? (end - first) * FP_TILE : p->cols - first * FP_TILE;
+    size_t across = fp_tiles_in(p->cols), top = item * DENSE_DOWN;
+    size_t down = fp_tiles_in(p->rows) - top < DENSE_DOWN ? fp_tiles_in(p->rows) - top : DENSE_DOWN;
+    size_t begin = top * FP_TILE,
+           rows = p->rows - begin < down * FP_TILE ? p->rows - begin : down * FP_TILE;
+    float *y = c->y + begin, zero = 0, one = 1;
+    for (size_t first = 0; first < across; first += DENSE_ACROSS) {
+        size_t end = across - first < DENSE_ACROSS ? across : first + DENSE_ACROSS;
+        for (size_t row = 0; row < down; row++)
+            for (size_t col = first; col < end; col++)
+                unpack_tile(c, top + row, col, b->values,
+                            b->w + row * FP_TILE * DENSE_STRIDE + (col - first) * FP_TILE);
+        size_t cols = (end * FP_TILE < p->cols ? end * FP_TILE : p->cols) - first * FP_TILE;
         int32_t m = (int32_t)rows, n = (int32_t)c->tokens, k = (int32_t)cols;
-        int32_t lda = PANEL_COLS * FP_TILE, ldb = (int32_t)p->cols, ldc = (int32_t)p->rows;
-        float one = 1;
-        fp_sgemm("T", "N", &m, &n, &k, &one, b->w, &lda, c->x + first * FP_TILE, &ldb, &one, y,
-                 &ldc, 1, 1);
+        int32_t lda = DENSE_STRIDE, ldb = (int32_t)p->cols, ldc = (int32_t)p->rows;
+        fp_sgemm("T", "N", &m, &n, &k, &one, b->w, &lda, c->x + first * FP_TILE, &ldb,
+                 first ? &one : &zero, y, &ldc, 1, 1);
     }
-    for (size_t t = 0; t < c->tokens && (p->scale || c->bias); t++)
+    for (size_t t = 0; t < c->tokens && (p->scale || c->bias || !across); t++)
         for (size_t i = 0; i < rows; i++) {
-            size_t r = row * FP_TILE + i;
-            float *at = &y[t * p->rows + i];
-            *at = *at * (p->scale ? p->scale[r] : 1.0f) + (c->bias ? c->bias[r] : 0.0f);
+            size_t r = begin + i;
+            float *at = &y[t * p->rows + i], sum = across ? *at : 0.0f;
+            *at = sum * (p->scale ? p->scale[r] : 1.0f) + (c->bias ? c->bias[r] : 0.0f);
         }
 }
 
@@ -214,21 +221,27 @@ static size_t dense_plan(dense_call *c, int threads, char *base)
 
 /* ---- what callers see ---------------------------------------------------------------- */
 
-/* Measured (tests/bench/bench_matmul.py): up to this many tokens expanding is faster than tiles of
- * 16 tokens; and where so much is kept, BLAS is. */
-enum { VECTOR_TOKENS = 6 };
-static const double DENSE_DENSITY = 0.8;
+/* Times for a weight of the dense matrix, kept or not, by tests/bench/bench_matmul.py with AVX2;
+ * only their ratios count. A pass of `vector` costs the same whatever is kept; a tile of `sparse` a
+ * little and then by what is kept, nearly alike for 16 and for 32 tokens. */
+static const double VECTOR_COST[FP_VECTOR_TOKENS + 1] = {0, 0.103, 0.117, 0.136, 0.159};
+static const double SPARSE_COST = 0.12, SPARSE_COST_KEPT = 0.91;
+enum { MOST_VECTOR_TOKENS = 24, LEAST_DENSE_TOKENS = 96 };
+static const double LEAST_DENSE_DENSITY = 0.92;
 
 fp_matmul_method fp_matmul_choice(const fp_packed *p, size_t tokens)
 {
-    double kept = (double)p->offset[fp_packed_tiles(p->rows, p->cols)];
+    double elements = (double)p->rows * (double)p->cols;
+    double density = (double)p->offset[fp_packed_tiles(p->rows, p->cols)] / fmax(elements, 1);
     if (p->dtype == FP_F64)
         return FP_MATMUL_SPARSE;
-    if (tokens <= VECTOR_TOKENS)
+    double vector = VECTOR_COST[FP_VECTOR_TOKENS] * (double)(tokens / FP_VECTOR_TOKENS) +
+                    VECTOR_COST[tokens % FP_VECTOR_TOKENS];
+    if (tokens <= MOST_VECTOR_TOKENS && vector < SPARSE_COST + SPARSE_COST_KEPT * density)
         return FP_MATMUL_VECTOR;
     int fits = p->rows <= INT32_MAX && p->cols <= INT32_MAX && tokens <= INT32_MAX;
-    return fits && kept > DENSE_DENSITY * (double)p->rows * (double)p->cols ? FP_MATMUL_DENSE
-                                                                            : FP_MATMUL_SPARSE;
+    return fits && tokens >= LEAST_DENSE_TOKENS && density > LEAST_DENSE_DENSITY ? FP_MATMUL_DENSE
+                                                                                 : FP_MATMUL_SPARSE;
 }
 
 size_t fp_matmul_work(const fp_packed *p, size_t tokens, int threads)
@@ -279,7 +292,8 @@ fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const
             return FP_ERR_OVERFLOW;
         dense_call c = {.kernels = kernels, .p = p, .bias = bias, .x = x, .y = y, .tokens = tokens};
         dense_plan(&c, threads, work);
-        fp_parallel_for(fp_tiles_in(p->rows), threads, dense_task, &c);
+        fp_parallel_for((fp_tiles_in(p->rows) + DENSE_DOWN - 1) / DENSE_DOWN, threads, dense_task,
+                        &c);
     } else {
         for (size_t begin = 0; begin < tokens; begin += CHUNK) {
             vector_call c = {.kernels = kernels,

@@ -158,18 +158,18 @@ static void pack_row(const fp_kernels *k, size_t item_size, const void *x, uint6
         k->pack64(x, bits, n, values, kept);
 }
 
-void fp_packed_unpack_row(const fp_kernels *k, size_t item_size, const void *values, size_t kept,
-                          uint64_t mask, size_t n, void *x)
+void fp_packed_unpack_row(const fp_kernels *k, size_t item_size, const void *values,
+                          size_t available, uint64_t mask, size_t n, void *x)
 {
     uint8_t bits[8];
     for (int i = 0; i < 8; i++)
         bits[i] = (uint8_t)(mask >> 8 * i);
     if (item_size == 2)
-        k->unpack16(values, kept, bits, n, x);
+        k->unpack16(values, available, bits, n, x);
     else if (item_size == 4)
-        k->unpack32(values, kept, bits, n, x);
+        k->unpack32(values, available, bits, n, x);
     else
-        k->unpack64(values, kept, bits, n, x);
+        k->unpack64(values, available, bits, n, x);
 }
 
 static void fill_row(void *context, size_t row, int worker)
@@ -268,13 +268,14 @@ static void dense_row(const dense_call *c, const fp_tile *tile, size_t i, size_t
                       float scale, void *x)
 {
     const fp_packed *p = c->p;
-    size_t kept = (size_t)__builtin_popcountll(tile->mask[i]), size = dense_item(p->dtype);
+    size_t size = dense_item(p->dtype);
     if (p->dtype != FP_I8) {
-        fp_packed_unpack_row(c->kernels, size, (const char *)p->values + offset * size, kept,
-                             tile->mask[i], tile->cols, x);
+        fp_packed_unpack_row(c->kernels, size, (const char *)p->values + offset * size,
+                             kept_of(p) - offset, tile->mask[i], tile->cols, x);
         return;
     }
     float values[FP_TILE];
+    size_t kept = (size_t)__builtin_popcountll(tile->mask[i]);
     fp_packed_floats(c->kernels, p, offset, kept, values);
     for (size_t k = 0; k < kept; k++)
         values[k] *= scale;

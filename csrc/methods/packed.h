@@ -42,8 +42,9 @@ size_t fp_packed_item_size(fp_dtype dtype); /* FP_I8 included */
 const float *fp_packed_floats(const fp_kernels *kernels, const fp_packed *p, size_t offset,
                               size_t kept, float *buffer);
 
-/* n elements of item_size bytes from the values of one row of a tile. */
+/* n elements of item_size bytes from the values of one row of a tile. `available` values can be
+ * read, at least those of the row: where there are more, nothing has to be done one by one. */
 void fp_packed_unpack_row(const fp_kernels *kernels, size_t item_size, const void *values,
-                          size_t kept, uint64_t mask, size_t n, void *x);
+                          size_t available, uint64_t mask, size_t n, void *x);
 
 #endif

@@ -3,6 +3,8 @@
 #ifndef FP_SIMDE_SHIM_H
 #define FP_SIMDE_SHIM_H
 
+#include <math.h>
+
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
@@ -14,6 +16,24 @@
 #undef FP_AVX512_FEATURES
 #define FP_AVX2_FEATURES "sse2"
 #define FP_AVX512_FEATURES "sse2"
+
+/* SIMDe's are not fused without the hardware. */
+#define FP_SHIM_FMA(bits, lanes)                                                                   \
+    static inline __m##bits fp_fmadd##bits(__m##bits a, __m##bits b, __m##bits c)                  \
+    {                                                                                              \
+        float x[lanes], y[lanes], z[lanes];                                                        \
+        _mm##bits##_storeu_ps(x, a);                                                               \
+        _mm##bits##_storeu_ps(y, b);                                                               \
+        _mm##bits##_storeu_ps(z, c);                                                               \
+        for (int i = 0; i < (lanes); i++)                                                          \
+            x[i] = fmaf(x[i], y[i], z[i]);                                                         \
+        return _mm##bits##_loadu_ps(x);                                                            \
+    }
+FP_SHIM_FMA(256, 8)
+FP_SHIM_FMA(512, 16)
+#undef _mm512_fmadd_ps
+#define _mm256_fmadd_ps fp_fmadd256
+#define _mm512_fmadd_ps fp_fmadd512
 
 /* What SIMDe lacks. */
 typedef uint8_t __mmask8;
@@ -44,5 +64,43 @@ FP_SHIM_EXPAND(32, 16)
 FP_SHIM_EXPAND(64, 8)
 #define _mm512_maskz_expand_epi32 fp_expand32
 #define _mm512_maskz_expand_epi64 fp_expand64
+
+static inline __m512 fp_expand_ps(uint32_t m, __m512 x)
+{
+    return _mm512_castsi512_ps(fp_expand32(m, _mm512_castps_si512(x)));
+}
+#define _mm512_maskz_expand_ps fp_expand_ps
+
+static inline __m512 fp_cvtepi8_ps(__m128i x)
+{
+    int8_t from[16];
+    float to[16];
+    _mm_storeu_si128((__m128i *)from, x);
+    for (int i = 0; i < 16; i++)
+        to[i] = from[i];
+    return _mm512_loadu_ps(to);
+}
+/* only ever one after the other */
+#define _mm512_cvtepi8_epi32(x) (x)
+#define _mm512_cvtepi32_ps fp_cvtepi8_ps
+
+static inline __m512i fp_cvtepu16(__m256i x)
+{
+    uint16_t from[16];
+    uint32_t to[16];
+    _mm256_storeu_si256((__m256i *)from, x);
+    for (int i = 0; i < 16; i++)
+        to[i] = from[i];
+    return _mm512_loadu_si512(to);
+}
+#define _mm512_cvtepu16_epi32 fp_cvtepu16
+
+static inline __m256 fp_extractf32x8(__m512 x, int half)
+{
+    float both[16];
+    _mm512_storeu_ps(both, x);
+    return _mm256_loadu_ps(both + 8 * half);
+}
+#define _mm512_extractf32x8_ps fp_extractf32x8
 
 #endif
