@@ -4,7 +4,8 @@
  * row after row. Activations are transposed, feature by feature with
  * FP_TILE tokens each, so that one weight meets whole vectors of tokens; `width` of them are in
  * use, a multiple of FP_WIDTH_STEP. Sums run over columns (tokens for `gradient`) in ascending
- * order; variants differ in rounding. */
+ * order; variants differ in rounding, as those with registers make a tile's sum before they add it.
+ */
 #ifndef FOLDPRUNE_MATMUL_H
 #define FOLDPRUNE_MATMUL_H
 

@@ -1,7 +1,7 @@
 /* The loops of the matmul family, the same for all instruction sets. A variant's file sets the
  * target, defines the type `vector` of `LANES` floats and
  *
- *     load(x), store(x, v), splat(a), zero();
+ *     load(x), store(x, v), splat(a), zero(), add(a, b);
  *     muladd(a, b, c): a b + c;
  *     lowest_bit(m): the number of the lowest bit of m, not 0;
  *     reduce4(a, b, c, d, y): y[0 .. 4) = the sums of each one's lanes;
@@ -44,7 +44,7 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
         vector sum[MOST];
         FP_UNROLL
         for (int v = 0; v < vectors; v++)
-            sum[v] = load(y + LANES * v);
+            sum[v] = zero();
         for (uint64_t m = mask[i]; m; m &= m - 1) {
             const float *from = x + width * lowest_bit(m);
             vector w = splat(*values++);
@@ -54,7 +54,7 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
         }
         FP_UNROLL
         for (int v = 0; v < vectors; v++)
-            store(y + LANES * v, sum[v]);
+            store(y + LANES * v, add(load(y + LANES * v), sum[v]));
     }
 }
 
@@ -94,7 +94,7 @@ INLINE void backward_body(const uint64_t *mask, size_t rows, const float *values
         vector sum[MOST];
         FP_UNROLL
         for (int v = 0; v < vectors; v++)
-            sum[v] = load(dx + LANES * v);
+            sum[v] = zero();
         for (uint64_t m = columns[j]; m; m &= m - 1) {
             size_t i = lowest_bit(m);
             const float *from = dy + width * i;
@@ -105,7 +105,7 @@ INLINE void backward_body(const uint64_t *mask, size_t rows, const float *values
         }
         FP_UNROLL
         for (int v = 0; v < vectors; v++)
-            store(dx + LANES * v, sum[v]);
+            store(dx + LANES * v, add(load(dx + LANES * v), sum[v]));
     }
 }
 

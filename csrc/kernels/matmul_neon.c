@@ -27,6 +27,11 @@ static inline vector zero(void)
     return vdupq_n_f32(0.0f);
 }
 
+static inline vector add(vector a, vector b)
+{
+    return vaddq_f32(a, b);
+}
+
 static inline vector muladd(vector a, vector b, vector c)
 {
     return vfmaq_f32(c, a, b);

@@ -118,20 +118,24 @@ static void NAME(backward_task)(void *context, size_t item, int worker)
     NAME(store)(c, b->sums, p->cols, first, end, &tokens);
 }
 
-/* A row of tiles, all tokens of the chunk in order. */
-static void NAME(gradient_task)(void *context, size_t row, int worker)
+/* Rows of tiles, each with all tokens of the chunk in order. */
+static void NAME(gradient_task)(void *context, size_t item, int worker)
 {
     NAME(call) *c = context;
     const fp_packed *p = c->p;
+    size_t first = item * c->group, down = fp_tiles_in(p->rows);
+    size_t end = down - first < c->group ? down : first + c->group;
     (void)worker;
     for (size_t i = 0; i < c->token_tiles; i++) {
         token_tile tokens = token_tile_of(c->tokens, c->token_tiles, i);
-        const REAL *dy = NAME(tile)(c->dyt, p->rows, &tokens, row);
         for (size_t col = 0; col < fp_tiles_in(p->cols); col++) {
-            fp_tile tile = fp_packed_tile(p, row, col);
-            NAME(gradient)(c->kernels, tile.mask, tile.rows, dy,
-                           NAME(tile)(c->xt, p->cols, &tokens, col), tokens.width,
-                           c->y + tile.offset);
+            const REAL *x = NAME(tile)(c->xt, p->cols, &tokens, col);
+            for (size_t row = first; row < end; row++) {
+                fp_tile tile = fp_packed_tile(p, row, col);
+                NAME(gradient)(c->kernels, tile.mask, tile.rows,
+                               NAME(tile)(c->dyt, p->rows, &tokens, row), x, tokens.width,
+                               c->y + tile.offset);
+            }
         }
     }
 }
@@ -158,6 +162,8 @@ static size_t NAME(group)(size_t tiles, size_t token_tiles, int threads)
 
 typedef enum NAME(kind) { NAME(FORWARD), NAME(BACKWARD), NAME(GRADIENT) } NAME(kind);
 
+static const fp_task NAME(tasks)[] = {NAME(forward_task), NAME(backward_task), NAME(gradient_task)};
+
 static void NAME(run)(NAME(call) call, NAME(kind) kind, size_t tokens, int threads, void *work)
 {
     const fp_packed *p = call.p;
@@ -175,14 +181,12 @@ static void NAME(run)(NAME(call) call, NAME(kind) kind, size_t tokens, int threa
             c.dy += begin * p->rows;
             fp_parallel_for(c.token_tiles * down, threads, NAME(transpose_dy), &c);
         }
-        if (kind == NAME(GRADIENT)) {
-            fp_parallel_for(down, threads, NAME(gradient_task), &c);
-            continue;
-        }
-        size_t tiles = kind == NAME(FORWARD) ? down : across;
-        c.y += begin * (kind == NAME(FORWARD) ? p->rows : p->cols);
-        c.group = NAME(group)(tiles, c.token_tiles, threads);
-        fp_parallel_for((tiles + c.group - 1) / c.group * c.token_tiles, threads,
-                        kind == NAME(FORWARD) ? NAME(forward_task) : NAME(backward_task), &c);
+        size_t tiles = kind == NAME(BACKWARD) ? across : down;
+        /* a task of `gradient` has all tokens, others one tile of them */
+        size_t times = kind == NAME(GRADIENT) ? 1 : c.token_tiles;
+        if (kind != NAME(GRADIENT))
+            c.y += begin * (kind == NAME(FORWARD) ? p->rows : p->cols);
+        c.group = NAME(group)(tiles, times, threads);
+        fp_parallel_for((tiles + c.group - 1) / c.group * times, threads, NAME(tasks)[kind], &c);
     }
 }
