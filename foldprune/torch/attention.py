@@ -12,12 +12,27 @@ from torch import nn
 from torch.nn import functional
 
 from ..encodings import Dense, Encoding, Fused
+from .attention_ops import folded_attention
 from .families import Family
 from .folded import FoldedHeads, FoldedValue, NoRuntimeForm
 from .modules import PackedLinear
 from .tensors import to_numpy
 
 __all__ = ["FoldedAttention"]
+
+
+def _is_key_mask(mask: torch.Tensor) -> bool:
+    """Whether a (batch, 1, queries, keys) mask says the same to every query."""
+    if mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+        return False
+    if mask.shape[2] == 1 or mask.stride(2) == 0:
+        return True
+    # what a mask holds is nothing for a graph to depend on
+    return not torch.compiler.is_compiling() and torch.equal(mask, mask[:, :, :1].expand_as(mask))
+
+
+def _key_mask(mask: torch.Tensor, keys: int) -> torch.Tensor:
+    return mask[:, 0, 0, :keys]
 
 
 class FoldedAttention(nn.Module):
@@ -27,8 +42,10 @@ class FoldedAttention(nn.Module):
     Made by ``foldprune.torch.convert`` in place of a transformers attention module, and called as
     that is. Queries and keys of heads with fewer rows, or fewer planes under rotary embedding, are
     filled up with zeros to the largest of the block; the key/value cache holds the folded ones.
-    The softmax is scaled as before. It goes through the attention function that the model is
-    configured for ("sdpa", "eager").
+    The softmax is scaled as before. With one dimension a head it takes linear time
+    (``foldprune.folded_attention``, float32 on the CPU, no mask but a causal or a padding one, no
+    dropout); else it goes through the attention function that the model is configured for ("sdpa",
+    "eager").
     """
 
     def __init__(
@@ -166,6 +183,13 @@ class FoldedAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, length, heads, head_dim), and the weights where the function gives them."""
+        if key.shape[-1] == 1 and self._linear(query, mask, kwargs):
+            causal = mask is None and self._is_causal(query, kwargs)
+            key_mask = None if mask is None else _key_mask(mask, key.shape[2])
+            output = folded_attention(
+                query, key, value, key_mask=key_mask, scale=self.scaling, causal=causal
+            )
+            return output.transpose(1, 2), None
         transformers = sys.modules["transformers.modeling_utils"]
         eager = getattr(sys.modules[self._implementation], "eager_attention_forward", None)
         attend = transformers.ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -189,6 +213,25 @@ class FoldedAttention(nn.Module):
             **kwargs,
         )
         return output, weights
+
+    def _is_causal(self, query: torch.Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """What transformers' sdpa takes no mask for."""
+        given = kwargs.get("is_causal")
+        return query.shape[2] > 1 and bool(self.is_causal if given is None else given)
+
+    def _linear(
+        self, query: torch.Tensor, mask: torch.Tensor | None, kwargs: Mapping[str, Any]
+    ) -> bool:
+        """Whether attention in linear time means the same."""
+        return (
+            query.dtype is torch.float32
+            and query.is_cpu
+            and self.config._attn_implementation == "sdpa"
+            and not (self.training and self._dropout)
+            and kwargs.get("position_bias") is None
+            and (self.sliding_window is None or query.shape[2] <= self.sliding_window)
+            and (mask is None or _is_key_mask(mask))
+        )
 
     # ---- back to encodings ----------------------------------------------------------------------
 

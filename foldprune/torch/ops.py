@@ -21,9 +21,9 @@ from ..encodings import Array
 from ..errors import ModuleError
 from .tensors import from_numpy
 
-__all__ = ["core_of", "from_core", "packed_embedding", "packed_linear", "to_core"]
+__all__ = ["core_of", "from_core", "library", "packed_embedding", "packed_linear", "to_core"]
 
-_library = torch.library.Library("foldprune", "DEF")  # type: ignore[no-untyped-call]
+library = torch.library.Library("foldprune", "DEF")  # type: ignore[no-untyped-call]
 _MATRIX = "Tensor values, Tensor mask, Tensor offset, Tensor? scale"
 for _schema in (
     f"packed_linear(Tensor x, {_MATRIX}, Tensor? bias, int rows, int cols) -> Tensor",
@@ -33,7 +33,7 @@ for _schema in (
     f"packed_embedding_gradient(Tensor dy, Tensor ids, {_MATRIX}, int rows, int padding_idx)"
     " -> Tensor",
 ):
-    _library.define(_schema)  # type: ignore[no-untyped-call]
+    library.define(_schema)  # type: ignore[no-untyped-call]
 packed_linear = torch.ops.foldprune.packed_linear.default
 packed_embedding = torch.ops.foldprune.packed_embedding.default
 _backward = torch.ops.foldprune.packed_linear_backward.default
@@ -117,7 +117,7 @@ def _check_ids(ids: torch.Tensor) -> None:
 # ---- kernels ------------------------------------------------------------------------------------
 
 
-@torch.library.impl(_library, "packed_linear", "CPU")
+@torch.library.impl(library, "packed_linear", "CPU")
 def _linear_cpu(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -135,7 +135,7 @@ def _linear_cpu(
     return from_core(y, x.dtype, (*x.shape[:-1], rows))
 
 
-@torch.library.impl(_library, "packed_linear_backward", "CPU")
+@torch.library.impl(library, "packed_linear_backward", "CPU")
 def _backward_cpu(
     dy: torch.Tensor,
     values: torch.Tensor,
@@ -149,7 +149,7 @@ def _backward_cpu(
     return from_core(dx, dy.dtype, (*dy.shape[:-1], cols))
 
 
-@torch.library.impl(_library, "packed_linear_gradient", "CPU")
+@torch.library.impl(library, "packed_linear_gradient", "CPU")
 def _gradient_cpu(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -165,7 +165,7 @@ def _gradient_cpu(
     return from_core(gradient, values.dtype, tuple(values.shape))
 
 
-@torch.library.impl(_library, "packed_embedding", "CPU")
+@torch.library.impl(library, "packed_embedding", "CPU")
 def _embedding_cpu(
     ids: torch.Tensor,
     values: torch.Tensor,
@@ -186,7 +186,7 @@ def _embedding_cpu(
     return from_core(found, _looked_up(values), (*ids.shape, cols))
 
 
-@torch.library.impl(_library, "packed_embedding_gradient", "CPU")
+@torch.library.impl(library, "packed_embedding_gradient", "CPU")
 def _embedding_gradient_cpu(
     dy: torch.Tensor,
     ids: torch.Tensor,
@@ -264,7 +264,7 @@ _FAKES: dict[str, Callable[..., torch.Tensor]] = {
     "packed_embedding_gradient": _embedding_gradient_fake,
 }
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"foldprune::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"foldprune::{_name}", _fake, lib=library)
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -311,10 +311,10 @@ def _no_second(ctx: Any, *gradients: Any) -> Any:
 
 
 torch.library.register_autograd(
-    "foldprune::packed_linear", _linear_grad, setup_context=_linear_setup, lib=_library
+    "foldprune::packed_linear", _linear_grad, setup_context=_linear_setup, lib=library
 )
 torch.library.register_autograd(
-    "foldprune::packed_embedding", _embedding_grad, setup_context=_embedding_setup, lib=_library
+    "foldprune::packed_embedding", _embedding_grad, setup_context=_embedding_setup, lib=library
 )
 for _name in ("packed_linear_backward", "packed_linear_gradient", "packed_embedding_gradient"):
-    torch.library.register_autograd(f"foldprune::{_name}", _no_second, lib=_library)
+    torch.library.register_autograd(f"foldprune::{_name}", _no_second, lib=library)

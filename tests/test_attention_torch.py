@@ -1,0 +1,170 @@
+"""Folded attention as a torch operator, and where converted models go through it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import foldprune
+from foldprune import Recipe
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import foldprune.torch.attention as module  # noqa: E402
+from foldprune.torch import convert  # noqa: E402
+from foldprune.torch.attention_ops import folded_attention  # noqa: E402
+
+
+def tensors(
+    n: int = 9, m: int = 9, rank: int = 1, heads: int = 4, kv_heads: int = 2, dtype: Any = None
+) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, heads, n, rank), (2, kv_heads, m, rank), (2, kv_heads, m, 3)]
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype or torch.float64).requires_grad_()
+        for shape in shapes
+    ]
+
+
+def dense(q: Any, k: Any, v: Any, allowed: Any = None) -> Any:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, allowed, scale=1.0)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_operator_and_gradients_are_those_of_softmax_attention(rank: int, causal: bool) -> None:
+    n, m = 70, 90
+    found, expected = tensors(n, m, rank), tensors(n, m, rank)
+    allowed = torch.ones(n, m, dtype=torch.bool).tril(m - n) if causal else None
+    key_mask = None
+    if not causal:
+        key_mask = torch.ones(2, m, dtype=torch.bool)
+        key_mask[1, 50:] = False
+        allowed = key_mask[:, None, None, :]
+    out = folded_attention(*found, key_mask=key_mask, causal=causal, tol=1e-10)
+    reference = dense(*expected, allowed)
+    assert torch.allclose(out, reference, atol=1e-9)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).double()
+    (out * weights).sum().backward()
+    (reference * weights).sum().backward()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-8)
+
+
+def test_gradcheck() -> None:
+    for causal in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, causal=causal: folded_attention(q, k, v, causal=causal), tensors()
+        )
+
+
+def test_operator_is_registered_in_full() -> None:
+    q, k, v = tensors(dtype=torch.float32)
+    torch.library.opcheck(
+        torch.ops.foldprune.folded_attention.default, (q, k, v, None, 1.0, True, 1e-6)
+    )
+
+
+def test_second_derivatives_are_refused() -> None:
+    q, k, v = tensors()
+    (gradient,) = torch.autograd.grad(folded_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+def test_bad_tensors() -> None:
+    q, k, v = tensors()
+    with pytest.raises(RuntimeError, match="k has dtype"):
+        folded_attention(q, k.float(), v)
+    with pytest.raises(RuntimeError, match="four dimensions"):
+        folded_attention(q[0], k, v)
+    with pytest.raises(RuntimeError, match="dtype"):
+        folded_attention(q.half(), k.half(), v.half())
+
+
+# ---- converted models ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the modules ask the operator for."""
+    seen: list[dict[str, Any]] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append(options)
+        return folded_attention(*args, **options)
+
+    monkeypatch.setattr(module, "folded_attention", watched)
+    return seen
+
+
+def pair(model: Any, recipe: Recipe) -> tuple[Any, Any]:
+    """The dense state dict's model, and the converted one."""
+    compressed = foldprune.compress(model, recipe=recipe)
+    other = copy.deepcopy(model)
+    other.load_state_dict(compressed.state_dict())
+    return other, convert(model, compressed)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_an_encoder_of_rank_one_takes_linear_time(
+    make_model: Callable[..., Any], calls: list[dict[str, Any]], padding: bool
+) -> None:
+    expected, model = pair(make_model("bert"), Recipe(irc=1, dwc="pivot"))
+    ids = torch.randint(3, 89, (2, 31), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[1, 20:] = 0
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask).logits
+        reference = expected(ids, attention_mask=mask).logits
+    assert len(calls) == 2
+    assert [call["causal"] for call in calls] == [False, False]
+    assert [call["key_mask"] is not None for call in calls] == [padding, padding]
+    kept = mask.bool()
+    assert torch.allclose(found[kept], reference[kept], atol=1e-4)
+
+
+def test_a_decoder_of_rank_one_takes_linear_time(
+    make_model: Callable[..., Any], calls: list[dict[str, Any]]
+) -> None:
+    expected, model = pair(make_model("gpt2"), Recipe(irc=1))
+    ids = torch.randint(3, 89, (2, 31), generator=torch.Generator().manual_seed(3))
+    for m in (model, expected):
+        m(ids, labels=ids).loss.backward()
+    assert [call["causal"] for call in calls] == [True, True]
+    name = "transformer.h.0.ln_1.weight"
+    gradients = [dict(m.named_parameters())[name].grad for m in (model, expected)]
+    assert torch.allclose(*gradients, atol=1e-5)
+    calls.clear()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids[:1], **options), expected.generate(ids[:1], **options))
+    assert calls
+
+
+@pytest.mark.parametrize("reason", ["a mask of its own", "eager", "dropout", "rank"])
+def test_what_is_not_linear_is_left_to_the_model(
+    make_model: Callable[..., Any], calls: list[dict[str, Any]], reason: str
+) -> None:
+    expected, model = pair(make_model("gpt2"), Recipe(irc=2 if reason == "rank" else 1))
+    ids = torch.randint(3, 89, (2, 13), generator=torch.Generator().manual_seed(3))
+    options = {}
+    if reason == "a mask of its own":  # causal and padded
+        options["attention_mask"] = torch.ones_like(ids)
+        options["attention_mask"][0, :4] = 0
+    if reason == "eager":
+        for m in (model, expected):
+            m.set_attn_implementation("eager")
+    if reason == "dropout":
+        model.train()
+    with torch.no_grad():
+        found, reference = model(ids, **options).logits, expected(ids, **options).logits
+    assert not calls
+    if reason != "dropout":
+        assert torch.allclose(found[:, 4:], reference[:, 4:], atol=1e-4)
