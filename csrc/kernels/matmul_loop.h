@@ -41,6 +41,8 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
 {
     const size_t width = (size_t)vectors * LANES;
     for (size_t i = 0; i < rows; i++, y += width) {
+        if (!mask[i])
+            continue;
         vector sum[MOST];
         FP_UNROLL
         for (int v = 0; v < vectors; v++)
@@ -71,11 +73,12 @@ static void transpose_bits(const uint64_t *mask, size_t rows, uint64_t columns[F
         columns[i] = i < rows ? mask[i] : 0;
     uint64_t low = 0xffffffffu;
     for (size_t size = 32; size; size /= 2, low ^= low << size)
-        for (size_t i = 0; i < FP_TILE; i = (i + size + 1) & ~size) {
-            uint64_t swap = (columns[i] >> size ^ columns[i + size]) & low;
-            columns[i] ^= swap << size;
-            columns[i + size] ^= swap;
-        }
+        for (size_t begin = 0; begin < FP_TILE; begin += 2 * size)
+            for (size_t i = begin; i < begin + size; i++) { /* side by side: for vectors */
+                uint64_t swap = (columns[i] >> size ^ columns[i + size]) & low;
+                columns[i] ^= swap << size;
+                columns[i + size] ^= swap;
+            }
 }
 
 /* By columns: a row's values are met in order, so one counter a row finds them. */
