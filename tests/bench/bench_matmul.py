@@ -4,8 +4,8 @@
 
 The sections are spmm (many tokens), gemv (1 to 4 tokens), training (forward and backward) and
 crossover (which kernel is fastest, by tokens and density); by default all are run. Everything
-compared is timed in turn, round after round; times are medians of the rounds, numbers are how
-many times as fast as a peer foldprune is. Peers: OpenBLAS (NumPy's), torch dense, torch CSR,
+compared is timed in turn, round after round; times are medians, numbers are how many times as fast
+as a peer foldprune is. Peers: OpenBLAS (NumPy's), torch dense, torch CSR,
 scipy.sparse CSR, and where they are installed SparseProp (training) and OpenVINO with sparse
 weights decompression. Extra packages: pip install threadpoolctl scipy sparseprop openvino.
 """
@@ -31,25 +31,28 @@ Timed = dict[str, Callable[[], object]]
 
 SHAPES = [(3072, 768), (768, 3072), (4096, 11008)]  # out x in
 TOKENS = (64, 128, 256, 512, 1024)
+CALLS, PAUSE = 4, 0.1
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def medians(calls: Timed, rounds: int) -> dict[str, float]:
-    """Seconds of every call."""
-    for call in calls.values():
-        call()
+    """Seconds of every call: in each round every one has a few calls in a row, after a pause in
+    which the threads of the one before, which look for more work, go to sleep."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(-(-rounds // CALLS)):
         for name, call in calls.items():
-            start = time.perf_counter()
+            time.sleep(PAUSE)
             call()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(CALLS):
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
 def rounds_for(work: float) -> int:
     """Fewer of what takes long; ``work`` in multiplications and additions of dense."""
-    return max(5, min(51, int(2e11 / max(work, 1))))
+    return max(CALLS, min(10 * CALLS, int(1e11 / max(work, 1))))
 
 
 def matrix(rows: int, cols: int, density: float) -> Array:
@@ -125,7 +128,7 @@ def spmm(threads: int, density: float) -> None:
                 {"ours": ours(packed, x, threads), **peers}, rounds_for(rows * cols * tokens)
             )
             if tokens in (64, 512):  # slow: a few rounds will do
-                found.update(medians(sparse_peers(w, x), 3))
+                found.update(medians(sparse_peers(w, x), CALLS))
             line(
                 f"{rows} x {cols}, {tokens}",
                 *(
@@ -189,7 +192,7 @@ def training(threads: int, density: float) -> None:
                 tokens.grad = layer.W_val.grad = None
 
             calls["SparseProp"] = sparseprop
-        found = medians(calls, 5)
+        found = medians(calls, CALLS)
         theirs = found.get("SparseProp")
         line(
             f"{rows} x {cols}",
