@@ -9,7 +9,9 @@
  * waited for. */
 enum { ACTIVE = 0xffff, OPEN = 1 << 16, NUMBER_SHIFT = 17 };
 
-enum { SPINS = 2000 }; /* before a thread sleeps: tens of microseconds, as calls come in a row */
+/* Before a thread sleeps: a few tenths of a millisecond, as waking it may take one, and calls come
+ * in a row with a little other work between them. */
+enum { SPINS = 20000 };
 
 static struct pool {
     atomic_uint_fast64_t state;
