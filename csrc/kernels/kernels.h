@@ -43,7 +43,7 @@ struct fp_kernels {
     void (*histogram_low)(const float *s, size_t n, uint32_t high, uint32_t *histogram);
 
     const struct fp_softmax_kernels *softmax; /* softmax family (softmax_*.c) */
-    const struct fp_matmul_kernels *matmul; /* matmul.h */
+    const struct fp_matmul_kernels *matmul;   /* matmul.h */
 };
 
 extern const fp_kernels fp_kernels_scalar;
