@@ -116,8 +116,10 @@ class FoldedAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``cache`` is what transformers calls ``past_key_values`` from 5.24 on."""
         family = self.family
         query = self._heads("query", hidden_states, self.heads)
         key = self._heads("key", hidden_states, self.groups)
@@ -126,8 +128,9 @@ class FoldedAttention(nn.Module):
             assert position_embeddings is not None
             query, key = self._rotate(query, key, *position_embeddings)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        if past_key_values is not None:
-            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            cache = getattr(cache, "self_attention_cache", cache)
             key, value = cache.update(key, value, self.layer_idx)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         output = output.reshape(*hidden_states.shape[:-1], self.heads * self.head_dim)
