@@ -392,8 +392,8 @@ def _runtime(use: _Use, threads: int) -> Packed:
     rows, cols = encoding.matrix_shape
     bits = encoding.element_mask(threads)
     dense = _core.unpack(encoding.values, bits, (rows, cols), threads)
-    mask = np.unpackbits(bits, count=rows * cols, bitorder="little").astype(bool)
-    mask = mask.reshape(rows, cols)
+    kept = np.unpackbits(bits, count=rows * cols, bitorder="little")
+    mask = kept.astype(bool).reshape(rows, cols)
     if use.swapped:
         dense, mask = dense.T, mask.T
     return pack(dense, np.ascontiguousarray(mask), use.dtype)
