@@ -147,7 +147,7 @@ PyObject *py_attention(PyObject *module, PyObject *args, PyObject *kwargs)
         status = fp_attention_forward(kernels, &a, rows, PyArray_DATA(lse), PyArray_DATA(nodes),
                                       threads, work, bytes);
         Py_END_ALLOW_THREADS
-        PyMem_RawFree(work);
+        free_work(work);
         if (!status)
             return Py_BuildValue("NNN", out, lse, nodes);
         raise_status(status);
@@ -210,7 +210,7 @@ PyObject *py_attention_backward(PyObject *module, PyObject *args, PyObject *kwar
         status = fp_attention_backward(kernels, &a, out, PyArray_DATA(lse), used, dout, dq, dk, dv,
                                        threads, work, bytes);
         Py_END_ALLOW_THREADS
-        PyMem_RawFree(work);
+        free_work(work);
         if (!status)
             return Py_BuildValue("NNN", gradients[0], gradients[1], gradients[2]);
         raise_status(status);
@@ -277,7 +277,7 @@ PyObject *py_nodes_append(PyObject *module, PyObject *args, PyObject *kwargs)
     Py_BEGIN_ALLOW_THREADS
     status = fp_nodes_append(kernels, &a, &state, threads, work, bytes);
     Py_END_ALLOW_THREADS
-    PyMem_RawFree(work);
+    free_work(work);
     if (status && status != FP_ERR_RANGE)
         return raise_status(status);
     return PyBool_FromLong(!status);
@@ -326,7 +326,7 @@ PyObject *py_nodes_attend(PyObject *module, PyObject *args, PyObject *kwargs)
         Py_BEGIN_ALLOW_THREADS
         status = fp_nodes_attend(&a, &state, rows, PyArray_DATA(needed), threads, work, bytes);
         Py_END_ALLOW_THREADS
-        PyMem_RawFree(work);
+        free_work(work);
         if (!status)
             return Py_BuildValue("NN", out, needed);
         Py_CLEAR(out);
