@@ -1,8 +1,6 @@
 /* Attention over folded heads. */
 #include "binding.h"
 
-#include <string.h>
-
 #include "foldprune_attention.h"
 
 /* A (batch x heads x rows x columns) view whose columns are contiguous; -1 with an exception set
@@ -106,18 +104,7 @@ static PyArrayObject *new_rows(size_t batch, size_t heads, size_t rows, size_t c
     return view;
 }
 
-static int method_from(const char *name, fp_attention_method *method)
-{
-    static const char *const names[] = {"auto", "exact", "nodes"};
-    for (int i = 0; i < 3; i++) {
-        if (!strcmp(name, names[i])) {
-            *method = (fp_attention_method)i;
-            return 0;
-        }
-    }
-    PyErr_Format(PyExc_ValueError, "method: expected auto, exact or nodes, got %s", name);
-    return -1;
-}
+static const char *const methods[] = {"auto", "exact", "nodes", NULL};
 
 PyObject *py_attention(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -125,15 +112,17 @@ PyObject *py_attention(PyObject *module, PyObject *args, PyObject *kwargs)
                             "method", "tol", "threads", "isa",   NULL};
     PyObject *objects[3], *mask = Py_None;
     fp_attention a = {.scale = 1.0, .tol = 1e-6};
-    int type, threads = 1;
-    const char *isa = NULL, *method = "auto";
+    int type, method, threads = 1;
+    const char *isa = NULL, *name = "auto";
     fp_rows rows;
     fp_status status = FP_ERR_ARGUMENT;
-    PARSE("OOO|dpOsdiz", &objects[0], &objects[1], &objects[2], &a.scale, &a.causal, &mask, &method,
+    PARSE("OOO|dpOsdiz", &objects[0], &objects[1], &objects[2], &a.scale, &a.causal, &mask, &name,
           &a.tol, &threads, &isa)
     const fp_kernels *kernels = kernels_named(module, isa);
-    if (!kernels || problem_from(objects, mask, &a, &type) || method_from(method, &a.method))
+    if (!kernels || problem_from(objects, mask, &a, &type) ||
+        choice_from(name, "method", methods, &method))
         return NULL;
+    a.method = (fp_attention_method)method;
     npy_intp lse_shape[3] = {(npy_intp)a.batch, (npy_intp)a.heads, (npy_intp)a.n};
     npy_intp nodes_shape[2] = {(npy_intp)a.batch, (npy_intp)a.kv_heads};
     size_t bytes = fp_attention_work(&a, threads);

@@ -42,6 +42,16 @@ PyArrayObject *contiguous(PyObject *object, const char *what);
 /* 1-D contiguous array of one NumPy type. None gives NULL without an exception if allow_none. */
 int typed_vector(PyObject *object, int type, const char *what, int allow_none, PyArrayObject **out);
 
+/* The data of a contiguous array of one type and shape (cols 0: a vector); NULL with an exception
+ * set. */
+void *data_of(PyObject *object, const char *what, int type, size_t rows, size_t cols);
+
+/* A fresh array, likewise. */
+PyArrayObject *new_matrix(int type, size_t rows, size_t cols);
+
+/* Which of the names it is, the last one followed by NULL; -1 with ValueError set if none. */
+int choice_from(const char *name, const char *what, const char *const *choices, int *choice);
+
 /* O& converter: a non-negative integer that fits 64 bits. */
 int as_count(PyObject *object, void *count);
 

@@ -2,6 +2,7 @@
 #include "binding.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 PyObject *raise_status(fp_status status)
 {
@@ -99,6 +100,39 @@ int typed_vector(PyObject *object, int type, const char *what, int allow_none, P
     }
     *out = array;
     return 0;
+}
+
+void *data_of(PyObject *object, const char *what, int type, size_t rows, size_t cols)
+{
+    PyArrayObject *array;
+    if (typed_vector(object, type, what, 0, &array))
+        return NULL;
+    if (PyArray_NDIM(array) != (cols ? 2 : 1) || (size_t)PyArray_DIM(array, 0) != rows ||
+        (cols && (size_t)PyArray_DIM(array, 1) != cols)) {
+        if (cols)
+            PyErr_Format(PyExc_ValueError, "%s: expected shape (%zu, %zu)", what, rows, cols);
+        else
+            PyErr_Format(PyExc_ValueError, "%s: expected shape (%zu,)", what, rows);
+        return NULL;
+    }
+    return PyArray_DATA(array);
+}
+
+PyArrayObject *new_matrix(int type, size_t rows, size_t cols)
+{
+    npy_intp shape[2] = {(npy_intp)rows, (npy_intp)cols};
+    return (PyArrayObject *)PyArray_SimpleNew(cols ? 2 : 1, shape, type);
+}
+
+int choice_from(const char *name, const char *what, const char *const *choices, int *choice)
+{
+    for (int i = 0; choices[i]; i++)
+        if (!strcmp(name, choices[i])) {
+            *choice = i;
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError, "%s: unknown %s", what, name);
+    return -1;
 }
 
 int as_count(PyObject *object, void *count)

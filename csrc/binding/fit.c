@@ -32,24 +32,7 @@ static int weights_from(PyObject *module, PyObject *object, const char *what, in
     return check_finite(array, what, out->dtype, threads);
 }
 
-/* The data of a contiguous array of one type and shape (cols 0: a vector). */
-static void *data_of(PyObject *object, const char *what, int type, size_t rows, size_t cols)
-{
-    PyArrayObject *array;
-    if (typed_vector(object, type, what, 0, &array))
-        return NULL;
-    if (PyArray_NDIM(array) != (cols ? 2 : 1) || (size_t)PyArray_DIM(array, 0) != rows ||
-        (cols && (size_t)PyArray_DIM(array, 1) != cols)) {
-        if (cols)
-            PyErr_Format(PyExc_ValueError, "%s: expected shape (%zu, %zu)", what, rows, cols);
-        else
-            PyErr_Format(PyExc_ValueError, "%s: expected shape (%zu,)", what, rows);
-        return NULL;
-    }
-    return PyArray_DATA(array);
-}
-
-/* The same, float64 and finite. */
+/* data_of, float64 and finite. */
 static const double *doubles_of(PyObject *object, const char *what, size_t rows, size_t cols,
                                 int threads)
 {
@@ -61,12 +44,6 @@ static const double *doubles_of(PyObject *object, const char *what, size_t rows,
 static uint8_t *mask_of(PyObject *object, const fp_matrix *w)
 {
     return data_of(object, "mask", NPY_UINT8, fp_mask_bytes(w->rows * w->cols), 0);
-}
-
-static PyArrayObject *new_matrix(int type, size_t rows, size_t cols)
-{
-    npy_intp shape[2] = {(npy_intp)rows, (npy_intp)cols};
-    return (PyArrayObject *)PyArray_SimpleNew(cols ? 2 : 1, shape, type);
 }
 
 static int not_empty(const fp_matrix *w)

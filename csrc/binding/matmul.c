@@ -1,20 +1,6 @@
 /* Packed matrices and their products. */
 #include "binding.h"
 
-/* 1-D, contiguous, of the type and size; its data, or NULL with an exception set. */
-static void *vector_of(PyObject *object, const char *what, int type, size_t size)
-{
-    PyArrayObject *array;
-    if (typed_vector(object, type, what, 0, &array))
-        return NULL;
-    if ((size_t)PyArray_SIZE(array) != size) {
-        PyErr_Format(PyExc_ValueError, "%s: expected %zu numbers, got %zd", what, size,
-                     (Py_ssize_t)PyArray_SIZE(array));
-        return NULL;
-    }
-    return PyArray_DATA(array);
-}
-
 static int size_from(Py_ssize_t rows, Py_ssize_t cols)
 {
     if (rows >= 0 && cols >= 0 && (!cols || rows <= PY_SSIZE_T_MAX / 8 / cols))
@@ -42,8 +28,8 @@ static int packed_from(PyObject *module, PyObject *tuple, fp_packed *p)
     p->rows = (size_t)rows;
     p->cols = (size_t)cols;
     size_t tiles = fp_packed_tiles(p->rows, p->cols), words = fp_packed_words(p->rows, p->cols);
-    if (!(p->mask = vector_of(mask, "mask", NPY_UINT64, words)) ||
-        !(p->offset = vector_of(offset, "offset", NPY_UINT64, tiles + 1)))
+    if (!(p->mask = data_of(mask, "mask", NPY_UINT64, words, 0)) ||
+        !(p->offset = data_of(offset, "offset", NPY_UINT64, tiles + 1, 0)))
         return -1;
     if (values != Py_None) {
         PyArrayObject *array = contiguous(values, "values");
@@ -59,18 +45,12 @@ static int packed_from(PyObject *module, PyObject *tuple, fp_packed *p)
         }
         p->values = PyArray_DATA(array);
     }
-    if (p->dtype == FP_I8 && !(p->scale = vector_of(scale, "scale", NPY_FLOAT, p->rows)))
+    if (p->dtype == FP_I8 && !(p->scale = data_of(scale, "scale", NPY_FLOAT, p->rows, 0)))
         return -1;
     return 0;
 }
 
 /* ---- making -------------------------------------------------------------------------- */
-
-static PyArrayObject *new_vector(int type, size_t size)
-{
-    npy_intp shape = (npy_intp)size;
-    return (PyArrayObject *)PyArray_SimpleNew(1, &shape, type);
-}
 
 PyObject *py_packed_mask(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -84,8 +64,8 @@ PyObject *py_packed_mask(PyObject *module, PyObject *args, PyObject *kwargs)
     if (size_from(rows, cols))
         return NULL;
     size_t m = (size_t)rows, n = (size_t)cols;
-    const uint8_t *bits = vector_of(object, "bits", NPY_UINT8, fp_mask_bytes(m * n));
-    PyArrayObject *mask = bits ? new_vector(NPY_UINT64, fp_packed_words(m, n)) : NULL;
+    const uint8_t *bits = data_of(object, "bits", NPY_UINT8, fp_mask_bytes(m * n), 0);
+    PyArrayObject *mask = bits ? new_matrix(NPY_UINT64, fp_packed_words(m, n), 0) : NULL;
     if (!mask)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
@@ -106,19 +86,14 @@ PyObject *py_packed_offsets(PyObject *module, PyObject *args, PyObject *kwargs)
     if (size_from(rows, cols))
         return NULL;
     size_t m = (size_t)rows, n = (size_t)cols;
-    const uint64_t *mask = vector_of(object, "mask", NPY_UINT64, fp_packed_words(m, n));
-    PyArrayObject *offset = mask ? new_vector(NPY_UINT64, fp_packed_tiles(m, n) + 1) : NULL;
+    const uint64_t *mask = data_of(object, "mask", NPY_UINT64, fp_packed_words(m, n), 0);
+    PyArrayObject *offset = mask ? new_matrix(NPY_UINT64, fp_packed_tiles(m, n) + 1, 0) : NULL;
     if (!offset)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     status = fp_packed_offsets(mask, m, n, PyArray_DATA(offset), threads);
     Py_END_ALLOW_THREADS
     return array_or_raise(offset, status);
-}
-
-static size_t kept_of(const fp_packed *p)
-{
-    return (size_t)p->offset[fp_packed_tiles(p->rows, p->cols)];
 }
 
 PyObject *py_packed_fill(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -137,7 +112,7 @@ PyObject *py_packed_fill(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     if ((size_t)PyArray_SIZE(w) != p.rows * p.cols)
         return raise_status(FP_ERR_SHAPE);
-    npy_intp shape = (npy_intp)kept_of(&p);
+    npy_intp shape = (npy_intp)fp_packed_kept(&p);
     PyArray_Descr *descr = PyArray_DESCR(w);
     Py_INCREF(descr); /* PyArray_NewFromDescr takes it */
     PyArrayObject *values =
@@ -161,8 +136,8 @@ PyObject *py_packed_quantise(PyObject *module, PyObject *args, PyObject *kwargs)
     PARSE("O|i", &tuple, &threads)
     if (packed_from(module, tuple, &p))
         return NULL;
-    PyArrayObject *values = new_vector(NPY_INT8, kept_of(&p));
-    PyArrayObject *scale = values ? new_vector(NPY_FLOAT, p.rows) : NULL;
+    PyArrayObject *values = new_matrix(NPY_INT8, fp_packed_kept(&p), 0);
+    PyArrayObject *scale = values ? new_matrix(NPY_FLOAT, p.rows, 0) : NULL;
     if (!scale) {
         Py_XDECREF(values);
         return NULL;
@@ -279,7 +254,8 @@ PyObject *py_packed_lookup_gradient(PyObject *module, PyObject *args, PyObject *
         return NULL;
     if (n != (size_t)PyArray_SIZE(ids))
         return raise_status(FP_ERR_SHAPE);
-    PyArrayObject *dvalues = new_vector(p.dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT, kept_of(&p));
+    PyArrayObject *dvalues =
+        new_matrix(p.dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT, fp_packed_kept(&p), 0);
     if (!dvalues)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
@@ -291,18 +267,7 @@ PyObject *py_packed_lookup_gradient(PyObject *module, PyObject *args, PyObject *
 
 /* ---- products ------------------------------------------------------------------------ */
 
-/* 0, or -1 with ValueError set. */
-static int method_from(const char *name, fp_matmul_method *method)
-{
-    static const char *const known[] = {"auto", "vector", "sparse", "dense"};
-    for (int i = 0; i < 4; i++)
-        if (!strcmp(name, known[i])) {
-            *method = (fp_matmul_method)i;
-            return 0;
-        }
-    PyErr_Format(PyExc_ValueError, "method: %s", name);
-    return -1;
-}
+static const char *const methods[] = {"auto", "vector", "sparse", "dense", NULL};
 
 PyObject *py_matmul(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -313,15 +278,15 @@ PyObject *py_matmul(PyObject *module, PyObject *args, PyObject *kwargs)
     const void *bias = NULL;
     size_t tokens;
     fp_packed p;
-    fp_matmul_method method;
+    int method;
     fp_status status;
     PARSE("OO|Oisz", &tuple, &x_object, &bias_object, &threads, &name, &isa)
     const fp_kernels *kernels = kernels_named(module, isa);
-    if (!kernels || method_from(name, &method) || packed_from(module, tuple, &p))
+    if (!kernels || choice_from(name, "method", methods, &method) || packed_from(module, tuple, &p))
         return NULL;
     const void *x = activations_of(x_object, "x", &p, p.cols, &tokens);
     int type = p.dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT;
-    if (!x || (bias_object != Py_None && !(bias = vector_of(bias_object, "bias", type, p.rows))))
+    if (!x || (bias_object != Py_None && !(bias = data_of(bias_object, "bias", type, p.rows, 0))))
         return NULL;
     size_t bytes = fp_matmul_work(&p, tokens, threads);
     PyArrayObject *y = new_dense(tuple, &p, 1, tokens, p.rows);
@@ -331,8 +296,8 @@ PyObject *py_matmul(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    status = fp_matmul_forward(kernels, &p, x, tokens, bias, PyArray_DATA(y), method, threads, work,
-                               bytes);
+    status = fp_matmul_forward(kernels, &p, x, tokens, bias, PyArray_DATA(y),
+                               (fp_matmul_method)method, threads, work, bytes);
     Py_END_ALLOW_THREADS
     free_work(work);
     return array_or_raise(y, status);
@@ -388,7 +353,8 @@ PyObject *py_matmul_gradient(PyObject *module, PyObject *args, PyObject *kwargs)
     if (tokens != x_tokens)
         return raise_status(FP_ERR_SHAPE);
     size_t bytes = fp_matmul_work(&p, tokens, threads);
-    PyArrayObject *dvalues = new_vector(p.dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT, kept_of(&p));
+    PyArrayObject *dvalues =
+        new_matrix(p.dtype == FP_F64 ? NPY_DOUBLE : NPY_FLOAT, fp_packed_kept(&p), 0);
     void *work = dvalues ? new_work(bytes) : NULL;
     if (!work) {
         Py_XDECREF(dvalues);
@@ -405,7 +371,6 @@ PyObject *py_matmul_gradient(PyObject *module, PyObject *args, PyObject *kwargs)
 PyObject *py_matmul_choice(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"packed", "tokens", NULL};
-    static const char *const answers[] = {"auto", "vector", "sparse", "dense"};
     PyObject *tuple;
     Py_ssize_t tokens;
     fp_packed p;
@@ -414,5 +379,5 @@ PyObject *py_matmul_choice(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     if (tokens < 0)
         return raise_status(FP_ERR_RANGE);
-    return PyUnicode_FromString(answers[fp_matmul_choice(&p, (size_t)tokens)]);
+    return PyUnicode_FromString(methods[fp_matmul_choice(&p, (size_t)tokens)]);
 }

@@ -346,6 +346,7 @@ typedef struct fp_packed {
 
 size_t fp_packed_words(size_t rows, size_t cols);
 size_t fp_packed_tiles(size_t rows, size_t cols);
+size_t fp_packed_kept(const fp_packed *p); /* values */
 
 /* Mask words from a mask as packing has it, a bit string over the elements in row-major order. */
 fp_status fp_packed_mask(const uint8_t *bits, size_t rows, size_t cols, uint64_t *mask,

@@ -96,7 +96,7 @@ static vector_kernel vector_of(const fp_kernels *kernels, fp_dtype dtype)
 static size_t tiles_before_end(const fp_packed *p, size_t row)
 {
     size_t across = fp_tiles_in(p->cols), tiles = across;
-    uint64_t total = p->offset[fp_packed_tiles(p->rows, p->cols)];
+    uint64_t total = fp_packed_kept(p);
     while (tiles && p->offset[row * across + tiles] + FP_VALUES_SLACK > total)
         tiles--;
     return tiles;
@@ -232,7 +232,7 @@ static const double LEAST_DENSE_DENSITY = 0.92;
 fp_matmul_method fp_matmul_choice(const fp_packed *p, size_t tokens)
 {
     double elements = (double)p->rows * (double)p->cols;
-    double density = (double)p->offset[fp_packed_tiles(p->rows, p->cols)] / fmax(elements, 1);
+    double density = (double)fp_packed_kept(p) / fmax(elements, 1);
     if (p->dtype == FP_F64)
         return FP_MATMUL_SPARSE;
     double vector = VECTOR_COST[FP_VECTOR_TOKENS] * (double)(tokens / FP_VECTOR_TOKENS) +
@@ -266,7 +266,7 @@ static fp_status check(const fp_kernels *kernels, const fp_packed *p, const void
     if (status)
         return status;
     if (!kernels || (tokens && ((x_features && !x) || (y_features && !y))) ||
-        (p->offset[fp_packed_tiles(p->rows, p->cols)] && !p->values))
+        (fp_packed_kept(p) && !p->values))
         return FP_ERR_ARGUMENT;
     return !work || work_bytes < fp_matmul_work(p, tokens, threads) ? FP_ERR_ARGUMENT : FP_OK;
 }
@@ -334,7 +334,7 @@ fp_status fp_matmul_gradient(const fp_kernels *kernels, const fp_packed *p, cons
         return status;
     if (p->dtype == FP_I8)
         return FP_ERR_DTYPE;
-    size_t kept = (size_t)p->offset[fp_packed_tiles(p->rows, p->cols)];
+    size_t kept = fp_packed_kept(p);
     if (!kernels || (tokens && ((p->rows && !dy) || (p->cols && !x))) || (kept && !dvalues) ||
         !work || work_bytes < fp_matmul_work(p, tokens, threads))
         return FP_ERR_ARGUMENT;

@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "scores.h"
 
 size_t fp_packed_tiles(size_t rows, size_t cols)
 {
@@ -31,7 +32,7 @@ fp_status fp_packed_valid(const fp_packed *p)
     return p->dtype == FP_I8 && p->rows && !p->scale ? FP_ERR_ARGUMENT : FP_OK;
 }
 
-static size_t kept_of(const fp_packed *p)
+size_t fp_packed_kept(const fp_packed *p)
 {
     return (size_t)p->offset[fp_packed_tiles(p->rows, p->cols)];
 }
@@ -46,10 +47,7 @@ const float *fp_packed_floats(const fp_kernels *kernels, const fp_packed *p, siz
         kernels->half_to_float(halves, kept, buffer);
         return buffer;
     case FP_BF16:
-        for (size_t i = 0; i < kept; i++) {
-            uint32_t bits = (uint32_t)halves[i] << 16;
-            memcpy(&buffer[i], &bits, sizeof bits);
-        }
+        fp_bfloat_to_float(halves, kept, buffer);
         return buffer;
     case FP_I8:
         for (size_t i = 0; i < kept; i++)
@@ -192,7 +190,7 @@ static void fill_row(void *context, size_t row, int worker)
 fp_status fp_packed_fill(const fp_kernels *kernels, const fp_packed *p, const void *w,
                          size_t item_size, void *values, int threads)
 {
-    if (!kernels || !p || !p->mask || !p->offset || !w || (kept_of(p) && !values))
+    if (!kernels || !p || !p->mask || !p->offset || !w || (fp_packed_kept(p) && !values))
         return FP_ERR_ARGUMENT;
     if (item_size != 2 && item_size != 4 && item_size != 8)
         return FP_ERR_DTYPE;
@@ -238,7 +236,7 @@ fp_status fp_packed_quantise(const fp_packed *p, int8_t *values, float *scale, i
         return status;
     if (p->dtype != FP_F32)
         return FP_ERR_DTYPE;
-    if ((p->rows && !scale) || (kept_of(p) && (!p->values || !values)))
+    if ((p->rows && !scale) || (fp_packed_kept(p) && (!p->values || !values)))
         return FP_ERR_ARGUMENT;
     make_call c = {.p = p, .values = (char *)values, .scale = scale};
     fp_parallel_for(fp_tiles_in(p->rows), threads, quantise_row, &c);
@@ -271,7 +269,7 @@ static void dense_row(const dense_call *c, const fp_tile *tile, size_t i, size_t
     size_t size = dense_item(p->dtype);
     if (p->dtype != FP_I8) {
         fp_packed_unpack_row(c->kernels, size, (const char *)p->values + offset * size,
-                             kept_of(p) - offset, tile->mask[i], tile->cols, x);
+                             fp_packed_kept(p) - offset, tile->mask[i], tile->cols, x);
         return;
     }
     float values[FP_TILE];
@@ -305,7 +303,7 @@ fp_status fp_packed_unpack(const fp_kernels *kernels, const fp_packed *p, void *
     fp_status status = fp_packed_valid(p);
     if (status)
         return status;
-    if (!kernels || (p->rows && p->cols && !w) || (kept_of(p) && !p->values))
+    if (!kernels || (p->rows && p->cols && !w) || (fp_packed_kept(p) && !p->values))
         return FP_ERR_ARGUMENT;
     dense_call c = {.kernels = kernels, .p = p, .w = w};
     fp_parallel_for(fp_tiles_in(p->rows), threads, unpack_tiles, &c);
@@ -353,7 +351,7 @@ fp_status fp_packed_lookup(const fp_kernels *kernels, const fp_packed *p, const 
         status = ids_valid(p, ids, n);
     if (status)
         return status;
-    if (!kernels || (n && p->cols && !rows) || (kept_of(p) && !p->values))
+    if (!kernels || (n && p->cols && !rows) || (fp_packed_kept(p) && !p->values))
         return FP_ERR_ARGUMENT;
     dense_call c = {.kernels = kernels, .p = p, .ids = ids, .w = rows};
     fp_parallel_for(n, threads, lookup_id, &c);
@@ -397,10 +395,11 @@ fp_status fp_packed_lookup_gradient(const fp_kernels *kernels, const fp_packed *
         status = ids_valid(p, ids, n);
     if (status)
         return status;
-    if (!kernels || (n && p->cols && !drows) || (kept_of(p) && !dvalues))
+    if (!kernels || (n && p->cols && !drows) || (fp_packed_kept(p) && !dvalues))
         return FP_ERR_ARGUMENT;
-    if (kept_of(p))
-        memset(dvalues, 0, kept_of(p) * (p->dtype == FP_F64 ? sizeof(double) : sizeof(float)));
+    if (fp_packed_kept(p))
+        memset(dvalues, 0,
+               fp_packed_kept(p) * (p->dtype == FP_F64 ? sizeof(double) : sizeof(float)));
     dense_call c = {.kernels = kernels,
                     .p = p,
                     .ids = ids,

@@ -17,7 +17,7 @@ fp_status fp_scored_check(const fp_scored *t)
     return FP_OK;
 }
 
-static void bfloat_to_float(const uint16_t *x, size_t n, float *y)
+void fp_bfloat_to_float(const uint16_t *x, size_t n, float *y)
 {
     for (size_t i = 0; i < n; i++) {
         uint32_t bits = (uint32_t)x[i] << 16;
@@ -60,7 +60,7 @@ const float *fp_scores_load(const fp_kernels *kernels, const fp_scored *t, size_
         if (t->dtype == FP_F16)
             kernels->half_to_float((const uint16_t *)t->x + begin, n, buffer);
         else
-            bfloat_to_float((const uint16_t *)t->x + begin, n, buffer);
+            fp_bfloat_to_float((const uint16_t *)t->x + begin, n, buffer);
         for (size_t i = 0; i < n; i++)
             buffer[i] = fabsf(buffer[i]) * scale;
         break;

@@ -22,6 +22,8 @@ static inline size_t fp_chunks(size_t n)
     return n / FP_CHUNK + (n % FP_CHUNK != 0);
 }
 
+void fp_bfloat_to_float(const uint16_t *x, size_t n, float *y);
+
 /* float32 scores of elements [begin, begin + n), n <= FP_PIECE. Returns buffer, or the matrix
  * itself where the scores can be read in place: then the sign bit is to be ignored. */
 const float *fp_scores_load(const fp_kernels *kernels, const fp_scored *t, size_t begin, size_t n,
