@@ -1,43 +1,10 @@
 /* Attention on odd shapes against its definition, under the sanitizers: every workspace and array
  * has exactly the size that was asked for. */
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include "foldprune_attention.h"
 #include "lapack.h"
-
-static int passed, failed;
-
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (condition) {                                                                           \
-            passed++;                                                                              \
-        } else {                                                                                   \
-            failed++;                                                                              \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                        \
-        }                                                                                          \
-    } while (0)
-
-static uint64_t state = 88172645463325252u;
-
-static double uniform(void) /* in (-1, 1) */
-{
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return (double)(state >> 11) / 4503599627370496.0 - 1.0;
-}
-
-static void *exactly(size_t bytes)
-{
-    void *p = malloc(bytes ? bytes : 1);
-    if (!p)
-        abort();
-    memset(p, 0x5a, bytes);
-    return p;
-}
+#include "methods_testing.h"
 
 typedef struct shape {
     size_t batch, heads, kv_heads, n, m, rank, dim;
@@ -313,6 +280,5 @@ int main(void)
     for (int dtype = FP_F32; dtype <= FP_F64; dtype++)
         test_state((fp_dtype)dtype, 1 + dtype);
     test_refusals();
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    return finish();
 }

@@ -2,42 +2,10 @@
  * exactly the size that its _work function asked for, with a canary behind it for what LAPACK might
  * write. */
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include "foldprune.h"
 #include "lapack.h"
-
-static int passed, failed;
-
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (condition) {                                                                           \
-            passed++;                                                                              \
-        } else {                                                                                   \
-            failed++;                                                                              \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                        \
-        }                                                                                          \
-    } while (0)
-
-static uint64_t state = 88172645463325252u;
-
-static double uniform(void) /* in (-1, 1) */
-{
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return (double)(state >> 11) / 4503599627370496.0 - 1.0;
-}
-
-static void *exactly(size_t bytes)
-{
-    void *p = malloc(bytes ? bytes : 1);
-    if (!p)
-        abort();
-    return p;
-}
+#include "methods_testing.h"
 
 enum { CANARY = 64 };
 
@@ -787,6 +755,5 @@ int main(void)
                     test_moments((fp_dtype)dtype, moments[s][0], moments[s][1], weighted,
                                  (int)s % 2, threads);
     test_row_counts();
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    return finish();
 }

@@ -1,33 +1,12 @@
 /* Every variant's exponentials against the scalar ones: same bytes, nothing touched outside the
  * ranges, whatever the length and alignment. The scalar ones against exp(). */
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
-#include "kernels.h"
-
-static unsigned long passed, failed;
-
-#define CHECK(condition, ...)                                                                      \
-    do {                                                                                           \
-        if (condition) {                                                                           \
-            passed++;                                                                              \
-        } else if (failed++ < 20) {                                                                \
-            printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);                                 \
-            printf(__VA_ARGS__);                                                                   \
-            printf("\n");                                                                          \
-        }                                                                                          \
-    } while (0)
-
-static uint64_t state = 88172645463325252u;
+#include "testing.h"
 
 static float uniform(float low, float high)
 {
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return low + (high - low) * ((float)(state >> 40) / 16777216.0f);
+    return low + (high - low) * ((float)(random_bits() >> 8) / 16777216.0f);
 }
 
 /* ---- exact heap blocks: the sanitizer sees a byte too many ---------------------------- */
@@ -71,7 +50,7 @@ static void fill_hidden(float *hidden, size_t n)
 }
 
 /* NaN has many bit patterns, of which variants may give any. */
-static int same(const float *a, const float *b, size_t n)
+static int same_floats(const float *a, const float *b, size_t n)
 {
     for (size_t i = 0; i < n; i++)
         if (memcmp(a + i, b + i, sizeof *a) && !(isnan(a[i]) && isnan(b[i])))
@@ -96,8 +75,8 @@ static void test_case(const struct fp_softmax_kernels *variant, const char *name
     memcpy(b, x, bytes);
     one = scalar->largest(a, mask, n);
     two = variant->largest(b, mask, n);
-    CHECK(same(a, b, n), "%s largest n=%zu kind=%d", name, n, kind);
-    CHECK(kind == 3 || same(&one, &two, 1), "%s largest n=%zu kind=%d: %g %g", name, n, kind,
+    CHECK(same_floats(a, b, n), "%s largest n=%zu kind=%d", name, n, kind);
+    CHECK(kind == 3 || same_floats(&one, &two, 1), "%s largest n=%zu kind=%d: %g %g", name, n, kind,
           (double)one, (double)two);
 
     float shift = kind == 4 ? 0.0f : 1.0f;
@@ -105,11 +84,13 @@ static void test_case(const struct fp_softmax_kernels *variant, const char *name
     memcpy(b, x, bytes);
     one = scalar->exponentials(a, shift, n);
     two = variant->exponentials(b, shift, n);
-    CHECK(same(a, b, n) && same(&one, &two, 1), "%s exponentials n=%zu kind=%d", name, n, kind);
+    CHECK(same_floats(a, b, n) && same_floats(&one, &two, 1), "%s exponentials n=%zu kind=%d", name,
+          n, kind);
 
     one = scalar->exponentials1(0.83f, x, 1.5f, mask, n, a);
     two = variant->exponentials1(0.83f, x, 1.5f, mask, n, b);
-    CHECK(same(a, b, n) && same(&one, &two, 1), "%s exponentials1 n=%zu kind=%d", name, n, kind);
+    CHECK(same_floats(a, b, n) && same_floats(&one, &two, 1), "%s exponentials1 n=%zu kind=%d",
+          name, n, kind);
     for (int i = 0; i < 4; i++) {
         CHECK(head_intact(blocks[i], offset), "%s wrote before its row, n=%zu", name, n);
         free(blocks[i]);
@@ -150,8 +131,8 @@ static void test_special_values(void)
     const float expected[] = {1.0f, 1.0f, 0.0f, 0.0f, 0.0f, NAN};
     for (size_t i = 0; i < sizeof x / sizeof *x; i++) {
         float y = x[i], sum = fp_softmax_scalar.exponentials(&y, 0.0f, 1);
-        CHECK(same(&y, &expected[i], 1) && same(&sum, &expected[i], 1), "exp(%g) = %g",
-              (double)x[i], (double)y);
+        CHECK(same_floats(&y, &expected[i], 1) && same_floats(&sum, &expected[i], 1),
+              "exp(%g) = %g", (double)x[i], (double)y);
     }
     float row[] = {NAN, 3.0f, INFINITY, 1.0f}, p[4];
     const float hidden[] = {-1.0f, 1.0f, -1.0f, 1.0f};
@@ -165,28 +146,16 @@ static void test_special_values(void)
 
 int main(void)
 {
-    const char *name;
     test_accuracy();
     test_special_values();
 #if defined(FP_TEST_EMULATED_AVX512)
-    (void)name;
     printf("testing avx2 and avx512, emulated\n");
     test_variant(&fp_softmax_avx2, "avx2");
     test_variant(&fp_softmax_avx512, "avx512");
 #else
-    for (size_t i = 0; (name = fp_isa_name(i)) != NULL; i++) {
-        const fp_kernels *kernels = fp_kernels_find(name);
-        if (!fp_isa_supported(i)) {
-            printf("skipped: this processor does not run %s\n", name);
-            continue;
-        }
-        CHECK(kernels != NULL, "%s runs here but is not in this build", name);
-        if (kernels) {
-            printf("testing %s\n", name);
-            test_variant(kernels->softmax, name);
-        }
-    }
+    find_variants();
+    for (size_t i = 0; i < variant_count; i++)
+        test_variant(variants[i]->softmax, variants[i]->name);
 #endif
-    printf("%lu passed, %lu failed\n", passed, failed);
-    return failed != 0;
+    return finish();
 }

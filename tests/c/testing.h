@@ -81,7 +81,7 @@ static inline int same(const buffer *b, const void *expected)
 static const fp_kernels *variants[8];
 static size_t variant_count;
 
-static void find_variants(void)
+static inline void find_variants(void)
 {
     const char *name;
     for (size_t i = 0; (name = fp_isa_name(i)) != NULL; i++) {
