@@ -11,19 +11,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from . import _core
+from .encodings import Array
 from .errors import TensorError, TensorTypeError
 from .options import resolve_threads
+from .tensors import is_weight_dtype
 
 __all__ = ["NodesState", "folded_attention"]
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-_HALVES = (np.dtype("f2"), np.dtype(ml_dtypes.bfloat16))
-_DTYPES = (np.dtype("f4"), np.dtype("f8"), *_HALVES)
 _METHODS = ("auto", "exact", "nodes")
 _MOST_NODES = 256  # FP_MOST_NODES
 _NODES_STEP = 16  # FP_LEAST_NODES
@@ -277,7 +274,7 @@ def _checked(**arrays: Any) -> list[Array]:
                 f"{name}: expected a NumPy array, got {type(x).__name__} (of a torch tensor: "
                 "x.detach().numpy())"
             )
-        if x.dtype not in _DTYPES or not x.dtype.isnative:
+        if not is_weight_dtype(x.dtype) or not x.dtype.isnative:
             raise TensorTypeError(
                 f"{name}: expected float32, float64, float16 or bfloat16, got {x.dtype}"
             )
@@ -342,7 +339,7 @@ def _positive(name: str, value: float) -> float:
 def _rows(x: Array) -> Array:
     """The same numbers as the core takes them: float32 or float64, contiguous in the last
     dimension, rows that do not overlap. A copy only where they are not so already."""
-    if x.dtype in _HALVES:
+    if x.dtype.itemsize == 2:
         return x.astype(np.float32)
     item, (batch, head, row, column) = x.itemsize, x.strides
     sound = (

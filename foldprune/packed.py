@@ -15,14 +15,14 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from . import _core
-from .encodings import Array
+from .encodings import WEIGHT_DTYPES, Array
 from .errors import TensorError, TensorTypeError
 from .options import resolve_threads
 from .tensors import is_weight_dtype
 
 __all__ = ["Packed", "pack", "packed_matmul"]
 
-_VALUE_DTYPES = tuple(np.dtype(t) for t in (np.float32, np.float64, np.float16, bfloat16, np.int8))
+_VALUE_DTYPES = (*WEIGHT_DTYPES, np.dtype(np.int8))
 _NAMES = "float32, float64, float16, bfloat16 or int8"
 
 

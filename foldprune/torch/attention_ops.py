@@ -9,7 +9,7 @@ import torch
 
 from .. import _core
 from ..errors import ModuleError
-from .ops import library
+from .ops import library, refuse_second_derivative
 from .tensors import from_numpy
 
 __all__ = ["folded_attention"]
@@ -132,13 +132,9 @@ def _grad(ctx: Any, dout: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, .
     return (*gradients, None, None, None, None)
 
 
-def _no_second(ctx: Any, *gradients: Any) -> Any:
-    raise ModuleError("folded attention has no second derivative (create_graph=True)")
-
-
 torch.library.register_fake("foldprune::folded_attention", _attention_fake, lib=library)
 torch.library.register_fake("foldprune::folded_attention_backward", _backward_fake, lib=library)
 torch.library.register_autograd(
     "foldprune::folded_attention", _grad, setup_context=_setup, lib=library
 )
-torch.library.register_autograd("foldprune::folded_attention_backward", _no_second, lib=library)
+refuse_second_derivative("folded_attention_backward", "folded attention has")

@@ -239,7 +239,7 @@ class _Plan:
         with torch.no_grad():
             for name, tensor in self.state.items():
                 source = self.source[name]
-                if source in self.uses or self.source[name] in self.attention:
+                if source in self.uses or source in self.attention:
                     continue
                 if tensor.data_ptr() in loaded and tensor.numel():
                     continue

@@ -21,7 +21,15 @@ from ..encodings import Array
 from ..errors import ModuleError
 from .tensors import from_numpy
 
-__all__ = ["core_of", "from_core", "library", "packed_embedding", "packed_linear", "to_core"]
+__all__ = [
+    "core_of",
+    "from_core",
+    "library",
+    "packed_embedding",
+    "packed_linear",
+    "refuse_second_derivative",
+    "to_core",
+]
 
 library = torch.library.Library("foldprune", "DEF")  # type: ignore[no-untyped-call]
 _MATRIX = "Tensor values, Tensor mask, Tensor offset, Tensor? scale"
@@ -306,8 +314,13 @@ def _embedding_grad(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ..
     return None, dvalues, None, None, None, None, None, None
 
 
-def _no_second(ctx: Any, *gradients: Any) -> Any:
-    raise ModuleError("packed matrices have no second derivative (create_graph=True)")
+def refuse_second_derivative(operator: str, who: str) -> None:
+    """Makes the gradient of an operator that itself gives gradients an error."""
+
+    def refuse(ctx: Any, *gradients: Any) -> Any:
+        raise ModuleError(f"{who} no second derivative (create_graph=True)")
+
+    torch.library.register_autograd(f"foldprune::{operator}", refuse, lib=library)
 
 
 torch.library.register_autograd(
@@ -317,4 +330,4 @@ torch.library.register_autograd(
     "foldprune::packed_embedding", _embedding_grad, setup_context=_embedding_setup, lib=library
 )
 for _name in ("packed_linear_backward", "packed_linear_gradient", "packed_embedding_gradient"):
-    torch.library.register_autograd(f"foldprune::{_name}", _no_second, lib=library)
+    refuse_second_derivative(_name, "packed matrices have")
