@@ -40,6 +40,8 @@ typedef uint8_t __mmask8;
 typedef uint16_t __mmask16;
 #define _mm_popcnt_u32(m) __builtin_popcount(m)
 #define _mm_popcnt_u64(m) __builtin_popcountll(m)
+#define _tzcnt_u64(m) ((size_t)__builtin_ctzll(m)) /* of kernels, never 0 */
+#define _bzhi_u64(m, bits) ((m) & ((UINT64_C(1) << (bits)) - 1))
 
 static inline __m512 fp_cvtph(__m256i x)
 {
