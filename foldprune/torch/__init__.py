@@ -7,11 +7,15 @@ from .convert import convert
 from .modules import PackedEmbedding, PackedLinear
 from .sequential import compress
 from .tensors import from_numpy, to_numpy
+from .training import FPP, Event, Schedule
 
 __all__ = [
+    "FPP",
+    "Event",
     "FoldedAttention",
     "PackedEmbedding",
     "PackedLinear",
+    "Schedule",
     "calibrate",
     "compress",
     "convert",
