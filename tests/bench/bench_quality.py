@@ -31,6 +31,8 @@ import foldprune
 import foldprune.torch
 from foldprune import Calibration, Recipe, Report, _core
 from foldprune.fit import SEARCH_DAMPING, Gram
+from foldprune.eval.baselines import prune as prune_others
+from foldprune.eval.baselines import sparsegpt_factor, sparsegpt_sweep
 from foldprune.recipe import GROUPS
 
 Progress = Callable[[int, int, str], None]
@@ -229,15 +231,11 @@ def prune(bench: Bench, method: str, rate: float, progress: Progress) -> None:
     """Leaves the language model pruned by one of METHODS."""
     lm = bench.language_model
     uniform = [rate] * len(lm.model.model.layers)
-    if method == "magnitude":
-        baselines.prune_magnitude(lm.model, rate)
-    elif method == "wanda":
-        baselines.prune_wanda(lm.model, lm.batches, uniform, progress)
-    elif method == "sparsegpt":
-        baselines.prune_sparsegpt(lm.model, lm.batches, uniform, progress)
-    elif method == "owl":
-        rates = baselines.owl_rates(owl_outliers(bench), rate)
-        baselines.prune_sparsegpt(lm.model, lm.batches, rates, progress)
+    if method in ("magnitude", "wanda", "sparsegpt", "owl"):
+        rates = baselines.owl_rates(owl_outliers(bench), rate) if method == "owl" else uniform
+        named = baselines.block_rates(lm.model, rates)
+        published = "sparsegpt" if method == "owl" else method
+        prune_others(lm.model, published, named, lm.batches, progress=progress)
     elif method == "uniform":
         lm.compressed(progress, recipe=block_recipe(rate))
     elif method == "owl-spread":
@@ -327,9 +325,9 @@ def timed(bench: Bench, progress: Progress) -> Result:
             hessian = torch.from_numpy(second).float()
             for layer in layers:
                 clock = Clock()
-                factor = baselines.sparsegpt_factor(hessian)
+                factor = sparsegpt_factor(hessian)
                 theirs["factor"] += clock.lap()
-                baselines.sparsegpt_sweep(layer.weight.clone(), factor, TIMED_RATE)
+                sparsegpt_sweep(layer.weight.clone(), factor, TIMED_RATE)
                 theirs["sweep"] += clock.lap()
             for run in range(TIMED_RUNS):
                 clock = Clock()
