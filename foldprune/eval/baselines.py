@@ -29,9 +29,11 @@ from ..torch.batches import Batch, naming
 from ..torch.calibrate import as_tokens, check_batches, prepared, reading
 
 __all__ = [
+    "GROUPS",
     "METHODS",
     "group_rates",
     "magnitude",
+    "matrices",
     "packed",
     "prune",
     "random",
@@ -338,6 +340,9 @@ def _begin(model: torch.nn.Module) -> Job:
     return job
 
 
+_ALL = dict.fromkeys(GROUPS, 0.0)
+
+
 def group_rates(model: torch.nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
     """The rate of every matrix from that of its group: "embedding", "feed_forward",
     "attention_output" or "qkv"."""
@@ -346,6 +351,11 @@ def group_rates(model: torch.nn.Module, rates: Mapping[str, float]) -> dict[str,
     job = _begin(model)
     groups = {name: job.layout.groups[name] for name, a in job.arrays.items() if a.ndim == 2}
     return {name: rates[group] for name, group in groups.items() if group in rates}
+
+
+def matrices(model: torch.nn.Module) -> int:
+    """How many numbers the matrices of all groups hold."""
+    return sum(model.get_parameter(name).numel() for name in group_rates(model, _ALL))
 
 
 def same_rates(report: Report) -> dict[str, float]:

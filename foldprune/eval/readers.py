@@ -48,10 +48,11 @@ def read_table(
     """Rows of a table with a header, without the ``skip`` rows after it. DataError if a column is
     missing, here or in a row."""
     csv.field_size_limit(1 << 30)
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     with open(path, encoding="utf-8", newline="") as file:
         try:
-            reader = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
+            reader = csv.DictReader(
+                file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+            )
             _need(path, columns, reader.fieldnames or ())
             rows = list(reader)[skip:]
         except (csv.Error, UnicodeDecodeError) as error:

@@ -30,9 +30,9 @@ import torch
 import foldprune
 import foldprune.torch
 from foldprune import Calibration, Recipe, Report, _core
-from foldprune.fit import SEARCH_DAMPING, Gram
 from foldprune.eval.baselines import prune as prune_others
 from foldprune.eval.baselines import sparsegpt_factor, sparsegpt_sweep
+from foldprune.fit import SEARCH_DAMPING, Gram
 from foldprune.recipe import GROUPS
 
 Progress = Callable[[int, int, str], None]
