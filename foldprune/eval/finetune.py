@@ -91,12 +91,13 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(parameters, CLIP)
-        if not (math.isfinite(float(value)) and math.isfinite(float(norm))):
+        found = float(value.detach())
+        norm = float(nn.utils.clip_grad_norm_(parameters, CLIP))
+        if not (math.isfinite(found) and math.isfinite(norm)):
             with torch.no_grad():
                 torch._foreach_copy_(list(parameters), good)
             warnings.warn(
-                f"step {step}: the loss is {float(value)}, its gradient {float(norm)}; training "
+                f"step {step}: the loss is {found}, its gradient {norm}; training "
                 "stopped, the last good weights are kept",
                 FoldpruneWarning,
                 stacklevel=2,
@@ -105,7 +106,7 @@ def train(
         torch._foreach_copy_(good, [parameter.detach() for parameter in parameters])
         optimiser.step()
         schedule.step()
-        progress(step + 1, steps, f"loss {float(value):.3f}")
+        progress(step + 1, steps, f"loss {found:.3f}")
     return steps
 
 
