@@ -21,8 +21,8 @@ from foldprune.errors import FoldpruneError
 
 pytest.importorskip("torch")
 
-from foldprune.eval import datasets  # noqa: E402
-from foldprune.eval.datasets import Rows, Source, Split  # noqa: E402
+from foldprune.eval import datasets
+from foldprune.eval.datasets import Rows, Source, Split
 
 
 def table(path: Path, header: list[str], rows: list[list[Any]], **dialect: Any) -> None:
