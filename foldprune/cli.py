@@ -328,7 +328,12 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sets", nargs="+", metavar="SET", help="a name, hf:owner/name, or a file with texts"
     )
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="of dense, foldprune, random, magnitude, wanda and sparsegpt (default: all)",
+    )
     parser.add_argument(
         "--rates", nargs="+", type=_rate, metavar="R", help='shares to remove, or "paper"'
     )

@@ -334,10 +334,9 @@ def _run_counting(
 
 
 def _begin(model: torch.nn.Module) -> Job:
-    job = Job.begin(model, Recipe(irc=1), None, None, lambda done, total, name: None, 1)
-    if job.layout.schema is None:
-        raise ModelError(f"{type(model).__name__}: of an unknown architecture")
-    return job
+    # a recipe that folds, as it is an error then if the architecture is unknown
+    recipe, threads = Recipe(irc=1), resolve_threads(None)
+    return Job.begin(model, recipe, None, None, lambda done, total, name: None, threads)
 
 
 _ALL = dict.fromkeys(GROUPS, 0.0)
@@ -385,5 +384,4 @@ def packed(model: torch.nn.Module, masks: Masks, method: str) -> Compressed:
         removed = float((~mask).mean())
         encoding = Packed((rows, cols), bits, array[mask], transposed=transposed)
         job.keep_pruned({name: Pruned(encoding, removed)}, f"mask: {method}")
-    job.threads = resolve_threads(None)
     return job.finish(Recipe())

@@ -12,7 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -100,7 +100,7 @@ class Classification(Protocol):
 
     def __init__(self, settings: Budget, corpus: Sequence[str], folder: str) -> None:
         super().__init__(settings, corpus, folder)
-        self.students = cache(self._students)
+        self.students = lru_cache(1)(self._students)  # with its calibration it is large
         self.tokens = cache(self._tokens)
 
     def run(
@@ -171,8 +171,8 @@ def _mixed(sets: Sequence[Dataset], count: int) -> list[str]:
 class Language(Protocol):
     name = "lm"
     metrics = (
-        Metric("perplexity", geometric=True, lower=True),
-        Metric("bits_per_byte", lower=True),
+        Metric("perplexity", geometric=True),
+        Metric("bits_per_byte"),
     )
     sets = tuple(LANGUAGE)
     quick_sets = ("wikitext-2", "shakespeare")
@@ -194,7 +194,7 @@ class Language(Protocol):
         super().__init__(settings, corpus, folder)
         self.model_of = cache(models.language_model)
         self.tokens = cache(self._tokens)
-        self.students = cache(self._students)
+        self.students = lru_cache(1)(self._students)  # with its calibration it is large
 
     def run(
         self, model: str, method: str, rate: Rate, name: str, seed: int, progress: Progress

@@ -22,12 +22,11 @@ __all__ = ["Metric", "Run", "Table"]
 @dataclass(frozen=True)
 class Metric:
     """``name``: the key of a run's result. ``percent``: a share in [0, 1]. ``geometric``: of
-    several sets the geometric mean is taken, as of perplexities. ``lower``: less is better."""
+    several sets the geometric mean is taken, as of perplexities."""
 
     name: str
     percent: bool = False
     geometric: bool = False
-    lower: bool = False
 
     @property
     def title(self) -> str:
