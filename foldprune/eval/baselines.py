@@ -14,7 +14,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..compressed import Compressed
@@ -374,14 +373,10 @@ def packed(model: torch.nn.Module, masks: Masks, method: str) -> Compressed:
     (``foldprune.torch.convert``)."""
     job = _begin(model)
     for name, kept in masks.items():
-        array = job.arrays[name]
-        mask = kept.numpy()
+        array, mask = job.arrays[name], kept.numpy()
         transposed = name in job.layout.transposed
         if transposed:
             array, mask = array.T, mask.T
-        rows, cols = array.shape
-        bits = np.packbits(np.ascontiguousarray(mask).ravel(), bitorder="little")
-        removed = float((~mask).mean())
-        encoding = Packed((rows, cols), bits, array[mask], transposed=transposed)
-        job.keep_pruned({name: Pruned(encoding, removed)}, f"mask: {method}")
+        encoding = Packed.from_mask(array, mask, transposed=transposed, threads=job.threads)
+        job.keep_pruned({name: Pruned(encoding, None)}, f"mask: {method}")
     return job.finish(Recipe())
