@@ -54,7 +54,7 @@ def recover(
     batches: Iterable[Any],
     *,
     steps: int,
-    lr: float = 1e-3,
+    lr: float = 2e-4,
     layerwise: float = 0.5,
     temperature: float = 2.0,
     optimizer: torch.optim.Optimizer | None = None,
@@ -87,8 +87,8 @@ def recover(
     steps
         Number of steps of the optimizer, each on one batch.
     lr
-        Largest learning rate of AdamW without weight decay, reached after 5 % of the steps, then
-        falling to 0 as a cosine does. Gradients are clipped to a norm of 1.
+        Largest learning rate of AdamW without weight decay: reached after a tenth of the steps, it
+        falls to 0 as a cosine does. Gradients are clipped to a norm of 1.
     layerwise
         Share of the steps that match layers, in [0, 1].
     temperature
@@ -422,5 +422,5 @@ class _Run:
 
 def _schedule(step: int, steps: int) -> float:
     """Share of the largest learning rate: linear warm-up, then half a cosine."""
-    warm = max(1, steps // 20)
+    warm = max(1, steps // 10)
     return min((step + 1) / warm, (1 + math.cos(math.pi * step / steps)) / 2)
