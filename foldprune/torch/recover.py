@@ -128,7 +128,8 @@ def recover(
         Arguments of other kinds.
     """
     _check_arguments(student, teacher, steps, every, lr, layerwise, temperature)
-    check_batches(batches)
+    for given in (batches, held):
+        check_batches(given)
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     if not trained:
         raise ModelError(f"{type(student).__name__}: no parameter has requires_grad")
@@ -144,13 +145,15 @@ def recover(
         "lr": [group["lr"] for group in optimizer.param_groups],
     }  # fmt: skip
     feed = _Feed(batches, seed)
+    kept_out = None if held is None else list(held)
+    if kept_out == []:
+        raise ModelError("held: there are no batches")
     with ExitStack() as stack:
         report = stack.enter_context(reporter(progress, "recovering"))
         for context in (prepared(teacher), without_cache(teacher), without_cache(student)):
             stack.enter_context(context)
         stack.enter_context(_running(student, threads))
-        run = _Run(student, trained, optimizer, objective, feed, settings)
-        run.held = None if held is None else list(held)
+        run = _Run(student, trained, optimizer, objective, feed, kept_out, settings)
         path = None if checkpoint is None else os.fspath(checkpoint)
         run.begin(path)
         try:
@@ -284,10 +287,9 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 class _Run:
-    """Steps of the optimizer. ``good``: the trained weights at the last evaluation, or with
-    held-out batches at the best one."""
+    """Steps of the optimizer. ``good``: the trained weights that were best on the held-out batches,
+    or without these the last that ``every`` steps gave and that a finite loss followed."""
 
-    held: list[Any] | None = None
     diverged = False
 
     def __init__(
@@ -297,10 +299,12 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         objective: Objective,
         feed: _Feed,
+        held: list[Any] | None,
         settings: dict[str, Any],
     ) -> None:
         self.student, self.trained, self.optimizer = student, trained, optimizer
-        self.objective, self.feed, self.settings = objective, feed, settings
+        self.objective, self.feed = objective, feed
+        self.held, self.settings = held, settings
         self.step = 0
         self.result = Recovery()
         self.good: dict[str, torch.Tensor] = {}
@@ -310,7 +314,7 @@ class _Run:
         if path is not None and os.path.exists(path):
             self._restore(path)
         else:
-            self._evaluate()
+            self.evaluate()
 
     def advance(self, report: Progress, path: str | None) -> None:
         """One step."""
@@ -335,6 +339,8 @@ class _Run:
             )
             self.diverged = True
             return
+        if self.held is None and self.step % settings["every"] == 0:
+            self._keep()  # now that they are known to be good
         for group, peak in zip(self.optimizer.param_groups, settings["lr"], strict=True):
             group["lr"] = peak * _schedule(self.step, steps)
         self.optimizer.step()
@@ -342,39 +348,37 @@ class _Run:
         self.result.losses.append(number)
         report(self.step, steps, f"{'layers' if layers else 'output'} {number:.4g}")
         if self.step % settings["every"] == 0 or self.step == steps:
-            self._evaluate()
+            self.evaluate()
             if path is not None:
                 self._save(path)
 
-    @torch.no_grad()
-    def _evaluate(self) -> None:
-        """Notes the weights, if they are the best so far."""
-        if self.held is not None:
-            last = (
-                self.objective.layers
-                if self.settings["layerwise"] == 1
-                else (self.objective.output)
-            )
-            losses = [float(last(value, i)) for i, value in enumerate(self.held)]
-            loss = math.fsum(losses) / len(losses)
-            self.result.held.append((self.step, loss))
-            if not loss < self.good_loss:
-                return
+    def evaluate(self) -> None:
+        """Notes the weights if they are the best so far on the held-out batches, if there are
+        any."""
+        if self.held is None:
+            return
+        objective = self.objective
+        last = objective.layers if self.settings["layerwise"] == 1 else objective.output
+        with torch.no_grad():
+            losses = [last(value, i).item() for i, value in enumerate(self.held)]
+        loss = math.fsum(losses) / len(losses)
+        self.result.held.append((self.step, loss))
+        if loss < self.good_loss:
             self.good_loss = loss
+            self._keep()
+
+    def _keep(self) -> None:
         self.good = {name: p.detach().clone() for name, p in self.trained.items()}
         self.result.best = self.step
-
-    @torch.no_grad()
-    def _take_good(self) -> None:
-        for name, parameter in self.trained.items():
-            parameter.copy_(self.good[name])
 
     def finish(self) -> None:
         self.optimizer.zero_grad()
         if self.held is None and not self.diverged:
             self.result.best = self.step
-        else:
-            self._take_good()
+            return
+        with torch.no_grad():
+            for name, value in self.good.items():
+                self.trained[name].copy_(value)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
