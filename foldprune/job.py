@@ -72,6 +72,7 @@ class Job:
     errors: dict[str, list[float]] = field(default_factory=dict)
     replaced: dict[str, Array] = field(default_factory=dict)
     col_scales: dict[str, Array] = field(default_factory=dict)
+    row_scales: dict[str, Array] = field(default_factory=dict)
     tensor_notes: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -306,6 +307,7 @@ class Job:
             matrix = array.T if transposed else array
         target = Target(name, np.ascontiguousarray(matrix), transposed)
         target.col_scale = self.col_scales.get(name)
+        target.row_scale = self.row_scales.get(name)
         return target
 
     def targets(self, recipe: Recipe) -> list[Target]:
@@ -346,7 +348,7 @@ class Job:
             self.assemble_folds(block)
             self.progress(self.done, self.total, block.name)
         self.warn_refused()
-        self._prune_recipe(recipe)
+        self.prune_recipe(recipe)
 
     def irc_of(self, block: AttentionBlock, recipe: Recipe) -> tuple[int | None, str] | None:
         """What ``fold_query_key`` is to do by the recipe: rank (None: lossless) and description."""
@@ -369,10 +371,15 @@ class Job:
             return None
         return dwc, f"DWC remainder k={dwc}" if isinstance(dwc, int) else f"DWC {dwc}"
 
-    def _prune_recipe(self, recipe: Recipe) -> None:
+    def prune_recipe(self, recipe: Recipe, relative: bool = False) -> None:
+        """FPP of the recipe's ``fpp_on``. ``relative``: what competes are shares of each matrix's
+        own output, not the numbers themselves."""
+        targets = self.targets(recipe)
+        if relative:
+            self._weigh(targets)
         # targets that share rate and granularity compete together
         sets: dict[tuple[float, str], list[Target]] = {}
-        for target in self.targets(recipe):
+        for target in targets:
             at = recipe.at(target.name)
             sets.setdefault((float(at.fpp or 0), at.fpp_granularity), []).append(target)
         for (rate, text), targets in sets.items():

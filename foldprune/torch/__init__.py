@@ -9,12 +9,16 @@ from .recover import Recovery, recover
 from .refold import refold
 from .sequential import compress
 from .tensors import from_numpy, to_numpy
+from .training import FPP, Event, Schedule
 
 __all__ = [
+    "FPP",
+    "Event",
     "FoldedAttention",
     "PackedEmbedding",
     "PackedLinear",
     "Recovery",
+    "Schedule",
     "calibrate",
     "compress",
     "convert",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .. import _core, encodings
+from .. import encodings
 from ..compressed import Compressed
 from ..encodings import Dense, Encoding
 from ..errors import ModelError
@@ -124,17 +124,6 @@ def _packed_encoding(
     transposed = bool(described.get("transposed", False))
     swapped = described.get("swapped", False)
     if swapped:
-        dense, mask = np.ascontiguousarray(dense.T), np.ascontiguousarray(mask.T)
-    matrix = (mask.shape[0], mask.shape[1])
-    bits = np.packbits(mask.ravel(), bitorder="little")
-    values = _core.pack(dense, bits, threads)
+        dense, mask = dense.T, mask.T
     rows, cols = described.get("block", (1, 1))
-    block = (int(rows), int(cols))
-    if block != (1, 1):
-        coarse = np.ascontiguousarray(mask[:: block[0], :: block[1]])
-        coarse_bits = np.packbits(coarse.ravel(), bitorder="little")
-        if np.array_equal(_core.mask_blocks(coarse_bits, *matrix, *block, threads), bits):
-            bits = coarse_bits
-        else:  # another mask has been loaded since
-            block = (1, 1)
-    return encodings.Packed(matrix, bits, values, block, transposed)
+    return encodings.Packed.from_mask(dense, mask, (int(rows), int(cols)), transposed, threads)
