@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from typing import Any
 
 import models
@@ -511,3 +512,35 @@ def test_what_refolding_refuses(make_model):
             refold(student, teacher, data, recipe, **QUIET)
     with pytest.raises(ModelError, match="do not fit the teacher"):
         refold(student, make_model("roberta"), data, Recipe(irc=1), **QUIET)
+
+
+# ---- progress, and real weights -----------------------------------------------------------------
+
+
+def test_the_plain_bar_shows_the_loss(make_model, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    teacher = make_model("bert")
+    result = run(compressed(teacher, PAPER["bert"]), teacher, steps=2, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"recovering: 1/2 layers {result.losses[0]:.4g} " in shown.err
+    assert f"recovering: 2/2 output {result.losses[1]:.4g} " in shown.err
+
+
+def test_minilm_recovers(minilm_folder):
+    """Rank 1 with a diagonal value, on a few sentences that it learns by heart."""
+    import transformers
+
+    teacher = transformers.AutoModel.from_pretrained(minilm_folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder)
+    sentences = [
+        "A diagonal matrix reads its own coordinates.",
+        "Heavy rain had fallen all night.",
+        "What does the teacher give for this one?",
+        "Two ships left the harbour at dawn, and one of them came back.",
+    ]
+    batch = tokenizer(sentences, padding=True, return_tensors="pt")
+    student = compressed(teacher, Recipe(irc=1, dwc="slice"))
+    student.embeddings.requires_grad_(False)
+    result = run(student, teacher, [batch], held=[batch], steps=30, layerwise=1.0)
+    assert result.held[-1][1] < 0.5 * result.held[0][1]
