@@ -21,7 +21,6 @@ from ..container import load
 from ..options import Progress
 from ..recipe import Recipe
 from . import baselines
-from .recovery import recover
 
 __all__ = ["DENSE", "FOLDPRUNE", "METHODS", "PAPER", "Students"]
 
@@ -103,7 +102,11 @@ class Students:
         student = runtime.convert(copy.deepcopy(self.dense).requires_grad_(True), compressed)
         for parameter in _embeddings(student):
             parameter.requires_grad_(False)
-        recover(student, self.dense, self.recovery, steps=self.steps, lr=self.lr, progress=progress)
+        done = runtime.recover(
+            student, self.dense, self.recovery, steps=self.steps, lr=self.lr, progress=progress
+        )
+        if done.stopped == "interrupted":  # what is half recovered is not kept
+            raise KeyboardInterrupt
         return runtime.to_compressed(student)
 
     def _rates(self, rate: Rate) -> dict[str, float]:

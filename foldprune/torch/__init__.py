@@ -5,6 +5,8 @@ from .calibrate import calibrate
 from .collect import to_compressed
 from .convert import convert
 from .modules import PackedEmbedding, PackedLinear
+from .recover import Recovery, recover
+from .refold import refold
 from .sequential import compress
 from .tensors import from_numpy, to_numpy
 from .training import FPP, Event, Schedule
@@ -15,11 +17,14 @@ __all__ = [
     "FoldedAttention",
     "PackedEmbedding",
     "PackedLinear",
+    "Recovery",
     "Schedule",
     "calibrate",
     "compress",
     "convert",
     "from_numpy",
+    "recover",
+    "refold",
     "to_compressed",
     "to_numpy",
 ]
