@@ -245,6 +245,15 @@ def _key_rows(
     return Rows(block.groups, block.head_dim, block.key.cols, _int32(ranks), values, columns)
 
 
+def _balanced(a: Array, b: Array) -> tuple[Array, Array]:
+    """The same product with columns of a and rows of b of like norms, as training wants them; by
+    powers of two, so exactly."""
+    norms = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
+    ratio = np.where((norms[0] > 0) & (norms[1] > 0), norms[1] / np.maximum(norms[0], 1e-300), 1.0)
+    scale = np.exp2(np.round(np.log2(ratio) / 2))
+    return a * scale, b / scale[:, None]
+
+
 def _free(cols: int, pivots: Array) -> Array:
     """Mask of the columns that are no pivots."""
     free = np.ones(cols, bool)
@@ -402,7 +411,7 @@ def dwc(
         if factors is None:
             remainder = right[j, :rank, :cols][:, free]
         else:
-            a, b = factors[0][j, :rank], factors[1][j][:, free]
+            a, b = _balanced(factors[0][j, :rank], factors[1][j][:, free])
             remainder = a @ b
         if Diagonal.sizes(rank, k, cols)[0]:
             lefts.append(a[:, :k].ravel())
