@@ -96,6 +96,12 @@ def compress(
             "one; use foldprune.compress(model, recipe=..., calibration="
             "foldprune.torch.calibrate(model, batches))"
         )
+    chains = {block.stack for block in job.layout.attentions}
+    if len(chains) > 1 or any(block.cross for block in job.layout.attentions):
+        raise ModelError(
+            f"{type(model).__name__}: its blocks are no single chain ({', '.join(sorted(chains))}):"
+            f" {_ALTERNATIVE}"
+        )
     if calibration is None:
         calibration = calibrate(
             model,
