@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
+from .albert import ALBERT
+from .bart import BART, MBART
 from .bert import BERT
+from .clip import CLIP
+from .deberta_v2 import DEBERTA_V2
+from .distilbert import DISTILBERT
+from .gemma import GEMMA
 from .gpt2 import GPT2
+from .gpt_neo import GPT_NEO
+from .gpt_neox import GPT_NEOX
 from .llama import LLAMA
+from .mixtral import MIXTRAL
+from .mpnet import MPNET
 from .opt import OPT
-from .schema import Attention, FeedForward, Forbidden, Schema, Slot
+from .phi import PHI
+from .schema import Attention, FeedForward, Forbidden, Refusal, Schema, Slot
+from .t5 import T5
+from .torch_nn import MULTIHEAD_ATTENTION, TRANSFORMER
+from .vit import VIT, VIT_IN_MEMORY
+from .whisper import WHISPER
 
-__all__ = ["Attention", "FeedForward", "Forbidden", "Schema", "Slot", "known", "register"]
+__all__ = [
+    "Attention",
+    "FeedForward",
+    "Forbidden",
+    "Refusal",
+    "Schema",
+    "Slot",
+    "known",
+    "register",
+]
 
-_schemas: list[Schema] = [BERT, GPT2, LLAMA, OPT]
+_schemas: list[Schema] = [
+    BERT,
+    DISTILBERT,
+    MPNET,
+    ALBERT,
+    DEBERTA_V2,
+    GPT2,
+    GPT_NEO,
+    GPT_NEOX,
+    OPT,
+    PHI,
+    LLAMA,
+    GEMMA,
+    MIXTRAL,
+    BART,
+    MBART,
+    WHISPER,
+    T5,
+    VIT,
+    VIT_IN_MEMORY,
+    CLIP,
+    TRANSFORMER,
+    MULTIHEAD_ATTENTION,
+]
 
 
 def known() -> tuple[Schema, ...]:

@@ -24,4 +24,5 @@ GPT2 = Schema(
     output_embeddings=(r"lm_head\.weight",),
     shared_embedding=r"wte\.weight",
     dense=(r"ln_f\.(weight|bias)", r"score\.weight", r"classifier\..*"),
+    note="fused, transposed c_attn",
 )

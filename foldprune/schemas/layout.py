@@ -210,9 +210,11 @@ class _Finder:
         # groups: the prefix, the stack, the block's number if there is one, the name in the block
         self.block = re.compile(r"^(((?:.*\.)?)" + schema.block + _WRAPPED + ")(.+)$")
         self.blocks: dict[str, list[str]] = {}  # block prefix -> names relative to it
+        self.matches: dict[str, re.Match[str]] = {}  # block prefix -> how it was found
         for name in arrays:
             if match := self.block.match(name):
                 self.blocks.setdefault(match[1], []).append(match[match.lastindex or 0])
+                self.matches.setdefault(match[1], match)
         own = {getattr(a, role).weight_name for a in schema.attentions for role in _QKV}
         own.update(schema.requires)
         self.blocks = {p: names for p, names in self.blocks.items() if own.intersection(names)}
@@ -251,6 +253,12 @@ class _Finder:
                 "recipe=Recipe(fpp=...)"
             )
         self._find_outside(layout)
+        inside = (prefix + name for prefix, names in self.blocks.items() for name in names)
+        if deep := [name for name in inside if self.arrays[name].ndim > 2]:
+            layout.notes.append(
+                f"tensors of more than two dimensions stay dense: {_listed(deep)}. Experts that "
+                "are fused in memory are apart in a checkpoint on disk: compress that"
+            )
         return layout
 
     def _find_block(self, layout: Layout, prefix: str, names: list[str]) -> list[str]:
@@ -277,8 +285,6 @@ class _Finder:
             _forbid(attentions, reasons)
             if not reasons and not _any_match(self.schema.block_dense, name):
                 unknown.append(prefix + name)
-            elif self.arrays[prefix + name].ndim > 2:
-                layout.notes.append(f"{prefix + name}: a tensor of three dimensions stays dense")
         return unknown
 
     def _attention(
@@ -288,8 +294,7 @@ class _Finder:
             self._matrix(prefix, role, getattr(attention, role), present)
             for role in (*_QKV, "output")
         )
-        match = self.block.match(prefix + "x")
-        assert match is not None
+        match = self.matches[prefix]
         name = prefix + (attention.cross or "")
         block = AttentionBlock(
             name=name.rstrip(".") or self.schema.name,

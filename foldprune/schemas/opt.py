@@ -26,4 +26,5 @@ OPT = Schema(
         r"score\.weight",
         r"classifier\..*",
     ),
+    note="learned positions stay dense",
 )
