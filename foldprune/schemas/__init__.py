@@ -32,6 +32,7 @@ __all__ = [
     "Slot",
     "known",
     "register",
+    "table",
 ]
 
 _schemas: list[Schema] = [
@@ -70,3 +71,40 @@ def register(schema: Schema) -> None:
     if not isinstance(schema, Schema):
         raise TypeError(f"expected a Schema, got {type(schema).__name__}")
     _schemas[:] = [other for other in _schemas if other.name != schema.name] + [schema]
+
+
+def table() -> str:
+    """What each method does for each family, as a Markdown table."""
+    lines = [
+        "| family | model types | FPP | IRC | DWC | notes |",
+        "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(_row(schema))} |" for schema in known()),
+    ]
+    return "\n".join(lines)
+
+
+def _row(schema: Schema) -> tuple[str, ...]:
+    groups = {
+        "embeddings": schema.embeddings,
+        "feed-forward": schema.feed_forward,
+        "output projection": schema.attention,
+    }
+    forms = {
+        "irc": "planes, lossless" if schema.attentions[0].rope else "rank, lossless",
+        "dwc": "slice, pivot, remainder, lossless",
+    }
+    for method, form in forms.items():
+        why = [f.reason for f in schema.forbidden if method in f.methods]
+        why += [
+            f"`{r.keys[0]}` is not {r.fine} ({r.default} if not given)"
+            for r in schema.refuses
+            if method in r.methods
+        ]
+        forms[method] = f"{form}; refused if {'; or if '.join(dict.fromkeys(why))}" if why else form
+    return (
+        schema.name,
+        ", ".join(schema.model_types) or "-",
+        ", ".join(name for name, present in groups.items() if present),
+        *forms.values(),
+        schema.note,
+    )

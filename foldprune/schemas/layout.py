@@ -223,17 +223,22 @@ class _Finder:
 
     def score(self) -> tuple[int, int]:
         """How many of the schema's weights there are, 0 without all required tensors in at least
-        one block; and, to tell look-alikes apart, minus the number of unknown tensors outside."""
+        one block; and, to tell look-alikes apart, minus the number of tensors that it does not
+        know."""
         slots = [getattr(a, role) for a in self.schema.attentions for role in (*_QKV, "output")]
         for forward in self.schema.feed_forwards:
             slots += filter(None, (forward.up, forward.down, forward.gate))
-        weight = re.compile("|".join({_pattern(slot) for slot in slots}))
-        found = 0
+        weight = re.compile("|".join({_pattern(slot.weight_name) for slot in slots}))
+        patterns = [_pattern(slot.bias_name) for slot in slots]
+        patterns += [*self.schema.block_dense, *(f.pattern for f in self.schema.forbidden)]
+        found, unknown = 0, len(self._unknown_outside())
         for names in self.blocks.values():
             present = set(names)
+            weights = sum(bool(weight.fullmatch(name)) for name in names)
+            unknown += sum(not _any_match(patterns, name) for name in names) - weights
             if all(self._has(present, required) for required in self.schema.requires):
-                found += sum(bool(weight.fullmatch(name)) for name in names)
-        return found, -len(self._unknown_outside())
+                found += weights
+        return found, -unknown
 
     @staticmethod
     def _has(names: set[str], required: str) -> bool:
@@ -342,7 +347,7 @@ class _Finder:
         forwards = self.schema.feed_forwards
         found = []
         for forward in forwards:
-            up = re.compile(_pattern(forward.up))
+            up = re.compile(_pattern(forward.up.weight_name))
             matches = [match for name in present if (match := up.fullmatch(name))]
             if not forward.up.name.count("*"):
                 found += [forward] * bool(matches)
@@ -479,8 +484,8 @@ def _forbid(blocks: Sequence[AttentionBlock], reasons: Sequence[Forbidden]) -> N
             block.forbidden.update(dict.fromkeys(forbidden.methods, forbidden.reason))
 
 
-def _pattern(slot: Slot) -> str:
-    return re.escape(slot.weight_name).replace(r"\*", r"(\d+)")
+def _pattern(name: str) -> str:
+    return re.escape(name).replace(r"\*", r"(\d+)")
 
 
 def _ends_with(patterns: Sequence[str], name: str) -> bool:

@@ -41,4 +41,5 @@ LLAMA = Schema(
     refuses=(
         Refusal(("partial_rotary_factor",), 1.0, 1.0, ("irc",), "only part of each head rotates"),
     ),
+    note="SmolLM, SmolLM2, TinyLlama too; slice without grouped queries",
 )
