@@ -232,7 +232,9 @@ class Measured:
     def is_embedding(self, name: str) -> bool:
         """Whether a tensor is looked up by rows (as a tied output embedding is too)."""
         return self.layout.groups[name] == "embedding" and (
-            self.row_use(name) is not None or self.gram(name) is None
+            self.row_use(name) is not None
+            or self.gram(name) is None
+            or not self.layout.names_output(name)  # tied, and its lookups were not counted
         )
 
     def embedding_scores(self, target: Target) -> Array:

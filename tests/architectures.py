@@ -222,7 +222,7 @@ FAMILIES = {
             "ViTConfig", "ViTForImageClassification", hidden_size=48, num_hidden_layers=2,
             intermediate_size=80, num_attention_heads=4, **_IMAGE,
         ),
-        "vit (transformers 5)",
+        "vit",
         (tuple(f"attention.{letter}_proj" for letter in "qkvo"),),
     ),
     "clip": Family(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import architectures
@@ -13,9 +14,11 @@ import pytest
 import reference
 import torch
 from architectures import FAMILIES, Family
+from safetensors.numpy import save_file
 
 import foldprune
-from foldprune import Recipe
+import foldprune.torch
+from foldprune import Recipe, schemas
 
 ABSOLUTE = 1e-5
 EVERY = list(FAMILIES)
@@ -185,3 +188,213 @@ def test_one_of_the_ties_is_there():
     """So that the test above means something."""
     state = architectures.make("t5").state_dict()
     assert state["lm_head.weight"].data_ptr() == state["encoder.embed_tokens.weight"].data_ptr()
+
+
+def test_readme_has_the_table():
+    readme = Path(__file__).parent.parent / "README.md"
+    assert schemas.table() in readme.read_text(encoding="utf-8")
+
+
+# ---- checkpoints on disk ------------------------------------------------------------------------
+
+
+def on_disk(model: Any, folder: Any, recipe: Recipe) -> tuple[Any, foldprune.Compressed]:
+    """The model that transformers reads from the decompressed checkpoint."""
+    model.save_pretrained(folder)
+    compressed = foldprune.compress(folder, recipe=recipe)
+    arrays = {name: np.ascontiguousarray(compressed[name]) for name in compressed.encodings}
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    return type(model).from_pretrained(folder, attn_implementation="eager"), compressed
+
+
+def test_mixtral_on_disk(tmp_path):
+    """Each expert has tensors of its own there, which are feed-forward layers."""
+    model = architectures.make("mixtral")
+    before = architectures.forward(model)
+    other, compressed = on_disk(model, tmp_path, Recipe.lossless())
+    assert np.abs(architectures.forward(other) - before).max() <= ABSOLUTE
+    pruned = foldprune.compress(tmp_path, recipe=Recipe(fpp=0.5, fpp_granularity="neuron"))
+    for expert in range(4):
+        prefix = f"model.layers.1.block_sparse_moe.experts.{expert}"
+        units = [
+            (pruned[f"{prefix}.{name}.weight"] != 0).any(axis=axis)
+            for name, axis in (("w1", 1), ("w3", 1), ("w2", 0))
+        ]
+        assert units[0].sum() == 40
+        assert all(np.array_equal(kept, units[0]) for kept in units)
+    gate = compressed.report["model.layers.1.block_sparse_moe.gate.weight"]
+    assert (gate.group, gate.method) == ("other", "dense")
+
+
+def test_fused_experts_stay_and_the_report_says_so():
+    model = architectures.make("mixtral")
+    report = foldprune.compress(model, recipe=Recipe(fpp=0.5)).report
+    assert report["model.layers.0.mlp.experts.down_proj"].method == "dense"
+    assert any("mlp.experts.down_proj" in note and "on disk" in note for note in report.notes)
+
+
+def test_vit_on_disk(tmp_path):
+    """Its checkpoints have other names than transformers 5 has in memory."""
+    model = architectures.make("vit")
+    before = architectures.forward(model)
+    other, compressed = on_disk(model, tmp_path, Recipe.lossless())
+    row = compressed.report["vit.encoder.layer.0.attention.attention.query.weight"]
+    assert row.method == "IRC lossless"
+    assert np.abs(architectures.forward(other) - before).max() <= ABSOLUTE
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "bert.", "module.", "_orig_mod.", "a.b.module."])
+def test_prefixes(prefix):
+    state = reference.bert_state()
+    plain = foldprune.compress(state, recipe=Recipe(irc=3, dwc="pivot"), num_heads=4)
+    named = {prefix + name: array for name, array in state.items()}
+    compressed = foldprune.compress(named, recipe=Recipe(irc=3, dwc="pivot"), num_heads=4)
+    for name in state:
+        np.testing.assert_array_equal(compressed[prefix + name], plain[name])
+
+
+def test_blocks_that_were_compiled_or_wrapped_one_by_one():
+    state = reference.llama_state()
+    plain = foldprune.compress(state, recipe=Recipe(irc=3, dwc="pivot"), num_heads=4)
+    renamed = {name: name.replace("layers.1.", "layers.1._orig_mod.module.", 1) for name in state}
+    compressed = foldprune.compress(
+        {renamed[name]: array for name, array in state.items()},
+        recipe=Recipe(irc=3, dwc="pivot"),
+        num_heads=4,
+    )
+    for name in state:
+        np.testing.assert_array_equal(compressed[renamed[name]], plain[name])
+
+
+def test_two_models_in_one_dict():
+    """Each block is weighed by its own model's norms."""
+    towers = {"query.": reference.bert_state(seed=1), "document.": reference.bert_state(seed=2)}
+    rng = np.random.default_rng(0)
+    for state in towers.values():
+        gain = rng.uniform(0.1, 3, 48).astype(np.float32)
+        state["embeddings.LayerNorm.weight"] = gain
+    together = foldprune.compress(
+        {prefix + name: a for prefix, state in towers.items() for name, a in state.items()},
+        recipe=Recipe(irc=3, dwc="pivot"),
+        num_heads=4,
+    )
+    for prefix, state in towers.items():
+        alone = foldprune.compress(state, recipe=Recipe(irc=3, dwc="pivot"), num_heads=4)
+        for name in state:
+            np.testing.assert_array_equal(together[prefix + name], alone[name])
+
+
+def test_towers_of_different_heads():
+    model = architectures.make("clip")
+    compressed = foldprune.compress(model, recipe=Recipe.lossless())
+    by_block = compressed.report.heads["by_block"]
+    heads = {"text_model": 4, "vision_model": 5}
+    assert by_block == {
+        f"{tower}.encoder.layers.{i}": count for tower, count in heads.items() for i in range(2)
+    }
+    assert "in the first block" in str(compressed.report)
+    with pytest.raises(foldprune.ModelError, match="contradicts"):
+        foldprune.compress(model, recipe=Recipe.lossless(), num_heads=4)
+
+
+def test_another_block_without_attention_stays_with_a_warning():
+    state = reference.llama_state() | {"vision.layers.0.weight": np.ones((4, 4), np.float32)}
+    with pytest.warns(foldprune.UnmatchedTensorWarning, match=r"vision\.layers\.0\.weight"):
+        compressed = foldprune.compress(state, recipe=Recipe.lossless(), num_heads=4)
+    assert compressed.report["vision.layers.0.weight"].method == "dense"
+
+
+# ---- configurations -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("gpt-neox", None),
+        ("gpt-neox", {"rotary_pct": 0.25}),
+        ("gpt-neox", {"partial_rotary_factor": 0.5}),
+        ("phi", None),
+        ("phi", {"rope_parameters": {"partial_rotary_factor": 0.4}}),
+    ],
+)
+def test_partial_rotation_is_refused_whatever_is_known(family, config):
+    state = architectures.make(family).state_dict()
+    heads = {"num_heads": 4} if config is None else {}
+    config = config and {"num_attention_heads": 4, **config}
+    compressed = foldprune.compress(state, recipe=Recipe(irc=2), config=config, **heads)
+    rows = [row for row in compressed.report.rows if row.group == "qkv" and "weight" in row.name]
+    assert rows and all(row.method == "dense" for row in rows)
+    assert all(
+        "only part of each head rotates" in row.note for row in rows if "v_p" not in row.name
+    )
+
+
+@pytest.mark.parametrize("key", ["rotary_pct", "partial_rotary_factor"])
+def test_whole_rotation_keeps_planes(key):
+    state = architectures.make("gpt-neox").state_dict()
+    config = {"model_type": "gpt_neox", "num_attention_heads": 4, key: 1.0}
+    compressed = foldprune.compress(state, recipe=Recipe(irc=2), config=config)
+    row = compressed.report["gpt_neox.layers.0.attention.query_key_value.weight"]
+    assert row.method == "IRC planes=2"
+
+
+# ---- with data ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bart", "whisper"])
+def test_cross_attention_is_weighed_by_both_its_inputs(name):
+    """A fold for the data has less error in the logits of cross-attention, up to a constant in each
+    row, than one without data, or one that takes the key to read what query reads."""
+    model, family = architectures.make(name), FAMILIES[name]
+    data = [architectures.inputs(model, seed) for seed in range(8)]
+    calibration = foldprune.torch.calibrate(model, data, gradients=0, progress=False)
+    recipe = Recipe(irc=3)
+    own = architectures.dense_encodings(model)
+    folded = [
+        foldprune.compress(model, recipe=recipe, calibration=c).encodings
+        for c in (calibration, None)
+    ]
+    calls = [c for c in architectures.calls(model, family) if "encoder_attn" in c.roles[0]]
+    assert len(calls) == 2
+    for call in calls:
+        shape = shape_of(call, model, family)
+        logits = [
+            np.stack(
+                [
+                    reference.scaled_logits(
+                        x, k, architectures.stored(call, encodings, family, shape[0]), *shape
+                    )
+                    for x, k in zip(call.queries, call.keys, strict=True)
+                ]
+            )
+            for encodings in (own, *folded)
+        ]
+        dense, with_data, without = (m - m.mean(axis=-1, keepdims=True) for m in logits)
+        errors = [np.square(m - dense).sum() for m in (with_data, without)]
+        assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["bart", "clip", "albert"])
+def test_what_is_no_chain_of_blocks_is_not_compressed_block_by_block(name):
+    model = architectures.make(name)
+    with pytest.raises(foldprune.ModelError, match="block by block"):
+        foldprune.torch.compress(
+            model, [architectures.inputs(model)], 0.2, gradients=0, progress=False
+        )
+
+
+def test_a_tied_embedding_whose_lookups_are_not_counted_is_pruned_as_an_embedding():
+    """Gemma scales what it looks up, in a class of its own."""
+    model = architectures.make("gemma")
+    data = [architectures.inputs(model, seed) for seed in range(4)]
+    compressed = foldprune.torch.compress(
+        model, data, recipe=Recipe(fpp=0.5, fpp_scope="tensor"), gradients=0, progress=False
+    )
+    row = compressed.report["model.embed_tokens.weight"]
+    kept = compressed[row.name]
+    assert row.method.startswith("FPP 50.0%")
+    # nothing makes up for a removed number of a row that is looked up
+    assert np.array_equal(kept[kept != 0], model.state_dict()[row.name].numpy()[kept != 0])

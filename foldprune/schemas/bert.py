@@ -48,5 +48,5 @@ BERT = Schema(
             "product",
         ),
     ),
-    note="MiniLM too; relative position embeddings: IRC refused",
+    note="MiniLM too",
 )

@@ -63,6 +63,54 @@ _KNOWN = {
     ("llama", 2048, 2048, 256, 11008): 128,
     ("llama", 3584, 3584, 512, 18944): 128,
     ("llama", 5120, 5120, 1024, 13824): 128,
+    # Gemma 2B and 7B, which have LLaMA's names
+    ("llama", 2048, 2048, 256, 16384): 256,
+    ("llama", 3072, 4096, 4096, 24576): 256,
+    # DistilBERT, MPNet
+    ("distilbert", 768, 768, 768, 3072): 64,
+    ("mpnet", 768, 768, 768, 3072): 64,
+    # ALBERT base and large
+    ("albert", 768, 768, 768, 3072): 64,
+    ("albert", 1024, 1024, 1024, 4096): 64,
+    # DeBERTa v3 base and large
+    ("deberta-v2", 768, 768, 768, 3072): 64,
+    ("deberta-v2", 1024, 1024, 1024, 4096): 64,
+    # GPT-Neo 125M, 1.3B, 2.7B
+    ("gpt_neo", 768, 768, 768, 3072): 64,
+    ("gpt_neo", 2048, 2048, 2048, 8192): 128,
+    ("gpt_neo", 2560, 2560, 2560, 10240): 128,
+    # Pythia 70M, 160M, 410M, 2.8B (1B and 1.4B differ in nothing but their heads)
+    ("gpt_neox", 512, 512, 512, 2048): 64,
+    ("gpt_neox", 768, 768, 768, 3072): 64,
+    ("gpt_neox", 1024, 1024, 1024, 4096): 64,
+    ("gpt_neox", 2560, 2560, 2560, 10240): 80,
+    # Phi 1.5 and 2
+    ("phi", 2048, 2048, 2048, 8192): 64,
+    ("phi", 2560, 2560, 2560, 10240): 80,
+    # BART base and large, mBART large; Whisper tiny to large
+    ("bart", 768, 768, 768, 3072): 64,
+    ("bart", 1024, 1024, 1024, 4096): 64,
+    ("mbart", 1024, 1024, 1024, 4096): 64,
+    ("whisper", 384, 384, 384, 1536): 64,
+    ("whisper", 512, 512, 512, 2048): 64,
+    ("whisper", 768, 768, 768, 3072): 64,
+    ("whisper", 1024, 1024, 1024, 4096): 64,
+    ("whisper", 1280, 1280, 1280, 5120): 64,
+    # T5 and FLAN-T5 small, base, large
+    ("t5", 512, 512, 512, 2048): 64,
+    ("t5", 768, 768, 768, 3072): 64,
+    ("t5", 1024, 1024, 1024, 4096): 64,
+    ("t5", 512, 384, 384, 1024): 64,
+    ("t5", 768, 768, 768, 2048): 64,
+    ("t5", 1024, 1024, 1024, 2816): 64,
+    # ViT base, large, huge
+    ("vit", 768, 768, 768, 3072): 64,
+    ("vit", 1024, 1024, 1024, 4096): 64,
+    ("vit", 1280, 1280, 1280, 5120): 80,
+    # both towers of CLIP
+    ("clip", 512, 512, 512, 2048): 64,
+    ("clip", 768, 768, 768, 3072): 64,
+    ("clip", 1024, 1024, 1024, 4096): 64,
 }
 
 
@@ -131,7 +179,8 @@ def _set_heads(
                 f"times head_dim={config['head_dim']} of the configuration"
             )
     else:
-        forward = next((f.up.rows for f in layout.feed_forwards if f.name == block.name), 0)
+        forwards = (f for f in layout.feed_forwards if f"{block.name}.".startswith(f"{f.name}."))
+        forward = next((f.up.rows for f in forwards), 0)
         table = known_head_dim(schema.name, block.query.cols, rows, key_rows, forward)
         if table is None and not need_heads:
             return

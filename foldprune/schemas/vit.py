@@ -4,15 +4,6 @@ from dataclasses import replace
 
 from .schema import Attention, FeedForward, Schema, Slot
 
-_DENSE = (
-    r"embeddings\.(cls_token|mask_token|position_embeddings)",
-    r"embeddings\.patch_embeddings\.projection\.(weight|bias)",
-    r"layernorm\.(weight|bias)",
-    r"pooler\.dense\.(weight|bias)",
-    r"classifier\.(weight|bias)",
-    r"decoder\.0\.(weight|bias)",
-)
-
 VIT = Schema(
     name="vit",
     model_types=("vit",),
@@ -27,11 +18,18 @@ VIT = Schema(
     feed_forward=FeedForward(up=Slot("intermediate.dense"), down=Slot("output.dense")),
     requires=("layernorm_before.weight", "layernorm_after.weight"),
     block_dense=(r"layernorm_(before|after)\.(weight|bias)",),
-    dense=_DENSE,
+    dense=(
+        r"embeddings\.(cls_token|mask_token|position_embeddings)",
+        r"embeddings\.patch_embeddings\.projection\.(weight|bias)",
+        r"layernorm\.(weight|bias)",
+        r"pooler\.dense\.(weight|bias)",
+        r"classifier\.(weight|bias)",
+        r"decoder\.0\.(weight|bias)",
+    ),
+    note="by the names of checkpoints",
 )
 VIT_IN_MEMORY = replace(
     VIT,
-    name="vit (transformers 5)",
     block=r"layers\.(\d+)\.",
     attention=Attention(
         query=Slot("attention.q_proj"),
@@ -41,4 +39,5 @@ VIT_IN_MEMORY = replace(
         norm="layernorm_before",
     ),
     feed_forward=FeedForward(up=Slot("mlp.fc1"), down=Slot("mlp.fc2")),
+    note="by the names that transformers 5 has in memory",
 )
