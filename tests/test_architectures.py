@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import models
 import numpy as np
 import pytest
 import reference
 import torch
+import transformers
 from architectures import FAMILIES, Family
 from safetensors.numpy import save_file
 
@@ -171,6 +173,21 @@ def test_known_by_its_tensors_alone(name):
     assert compressed.report.schema in (expected, same_names.get(name, expected))
     after = architectures.forward(reloaded(model, compressed))
     assert np.abs(after - architectures.forward(model)).max() <= ABSOLUTE
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_other_heads_are_known_too(name):
+    """Classes of transformers for other tasks have no tensors that the schema does not know
+    (which would be a warning, and that an error here)."""
+    config = FAMILIES[name].make().config
+    tasks = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+    autos = [getattr(transformers, f"AutoModelFor{task}") for task in tasks]
+    for auto in (transformers.AutoModel, *autos):
+        if type(config) in auto._model_mapping:
+            model = models.randomise(auto.from_config(config), 0)
+            compressed = foldprune.compress(model, recipe=Recipe.lossless())
+            assert compressed.report.schema == FAMILIES[name].schema
+            assert compressed.report.removed > 0
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -37,6 +37,7 @@ BERT = Schema(
         r"lm_head\..*",
         r"(discriminator|generator)_predictions\..*",
         r"generator_lm_head\.bias",
+        r"sequence_summary\.summary\.(weight|bias)",
         r"classifier\..*",
         r"qa_outputs\..*",
     ),

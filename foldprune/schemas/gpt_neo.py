@@ -20,6 +20,6 @@ GPT_NEO = Schema(
     embeddings=(r"wte\.weight", r"wpe\.weight", r"lm_head\.weight"),
     output_embeddings=(r"lm_head\.weight",),
     shared_embedding=r"wte\.weight",
-    dense=(r"ln_f\.(weight|bias)", r"score\.weight", r"classifier\..*", r"qa_outputs\..*"),
+    dense=(r"ln_f\.(weight|bias)", r"(score|classifier|qa_outputs)\..*"),
     note="logits are not scaled",
 )

@@ -28,8 +28,7 @@ LLAMA = Schema(
     dense=(
         r"norm\.weight",
         r"rotary_emb\.(original_)?inv_freq",
-        r"score\.weight",
-        r"classifier\..*",
+        r"(score|classifier|qa_outputs)\..*",
     ),
     forbidden=(
         Forbidden(
