@@ -4,6 +4,7 @@ prefixes, several models in one dict."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from safetensors.numpy import save_file
 
 import foldprune
 import foldprune.torch
-from foldprune import Recipe, schemas
+from foldprune import Recipe, attention, schemas
+from foldprune.schemas.layout import find_layout
 
 ABSOLUTE = 1e-5
 EVERY = list(FAMILIES)
@@ -362,12 +364,20 @@ def test_whole_rotation_keeps_planes(key):
 
 
 @pytest.mark.parametrize("name", ["bart", "whisper"])
-def test_cross_attention_is_weighed_by_both_its_inputs(name):
+def test_cross_attention_gains_from_data(name):
     """A fold for the data has less error in the logits of cross-attention, up to a constant in each
-    row, than one without data, or one that takes the key to read what query reads."""
+    row, than one without data."""
     model, family = architectures.make(name), FAMILIES[name]
     data = [architectures.inputs(model, seed) for seed in range(8)]
     calibration = foldprune.torch.calibrate(model, data, gradients=0, progress=False)
+    job, measured = models.settled(model, calibration)
+    for block in job.layout.attentions:
+        for matrix, moments in (
+            (block.query, measured.query_moments(block)),
+            (block.value, measured.source_moments(block)),
+        ):
+            layer = calibration.moments(matrix.weight.removesuffix(".weight"))
+            np.testing.assert_array_equal(moments.second, layer.second)
     recipe = Recipe(irc=3)
     own = architectures.dense_encodings(model)
     folded = [
@@ -392,6 +402,49 @@ def test_cross_attention_is_weighed_by_both_its_inputs(name):
         dense, with_data, without = (m - m.mean(axis=-1, keepdims=True) for m in logits)
         errors = [np.square(m - dense).sum() for m in (with_data, without)]
         assert errors[0] < 0.7 * errors[1]
+
+
+@dataclasses.dataclass
+class Known:
+    """Moments of so many rows that nothing is shrunk."""
+
+    mean: np.ndarray
+    second: np.ndarray
+    count: float = 1e9
+
+
+def test_irc_of_cross_attention_is_the_best_for_what_both_sides_read():
+    """Eckart and Young, over all pairs of a query and a (centred) key of the data."""
+    rng = np.random.default_rng(0)
+    heads, rank, rows = 3, 2, 300
+    state = {
+        "q_proj_weight": rng.standard_normal((24, 24)),
+        "k_proj_weight": rng.standard_normal((24, 20)),
+        "v_proj_weight": rng.standard_normal((24, 20)),
+        "in_proj_bias": rng.standard_normal(72),
+        "out_proj.weight": rng.standard_normal((24, 24)),
+    }
+    (block,) = find_layout(state, schemas.known(), None, heads).attentions
+    x, y = (
+        rng.standard_normal((rows, width)) * rng.uniform(0.1, 3, width) + 1 for width in (24, 20)
+    )
+    moments = [Known(a.mean(axis=0), a.T @ a / rows) for a in (x, y)]
+    fold = attention.irc(block, state, np.full(heads, rank), 1, *moments)
+
+    def products(query: np.ndarray, bias: np.ndarray, key: np.ndarray) -> list[np.ndarray]:
+        q = (x @ query.T + bias).reshape(rows, heads, -1)
+        k = ((y - y.mean(axis=0)) @ key.T).reshape(rows, heads, -1)
+        return [q[:, i] @ k[:, i].T for i in range(heads)]
+
+    dense = products(state["q_proj_weight"], state["in_proj_bias"][:24], state["k_proj_weight"])
+    folded = products(
+        fold.weights["query"].unpack(),
+        fold.biases["query"].unpack(),
+        fold.weights["key"].unpack(),
+    )
+    for whole, approximated in zip(dense, folded, strict=True):
+        least = reference.spectrum(whole, 8)[rank:].sum()
+        assert np.square(whole - approximated).sum() == pytest.approx(least, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["bart", "clip", "albert"])
