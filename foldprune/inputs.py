@@ -35,9 +35,9 @@ class Moments(Protocol):
 
 
 class BlockInputs:
-    """How a block's inputs weigh errors (of cross-attention what query reads, or with ``source``
-    what key and value read): ``scale``, the root mean square of each one, and with
-    moments the ``mean`` and factors F of their second moments F F^T, (d, d) float64 each.
+    """How a block's inputs weigh errors: ``scale``, the root mean square of each one, and with
+    moments the ``mean`` and factors F of their second moments F F^T, (d, d) float64 each. Of
+    cross-attention these are what query reads, or with ``source`` what key and value read.
 
     ``centred``: of the covariance; ``plain``: of x; ``extended``: of [x; 1]. The covariance is
     shrunk towards its diagonal by d / (d + 10 count), so that directions that few rows happened not

@@ -215,6 +215,7 @@ class _Finder:
             if match := self.block.match(name):
                 self.blocks.setdefault(match[1], []).append(match[match.lastindex or 0])
                 self.matches.setdefault(match[1], match)
+        # what only looks like a block (a series of other layers) stays outside
         own = {getattr(a, role).weight_name for a in schema.attentions for role in _QKV}
         own.update(schema.requires)
         self.blocks = {p: names for p, names in self.blocks.items() if own.intersection(names)}
@@ -349,8 +350,8 @@ class _Finder:
         for forward in forwards:
             up = re.compile(_pattern(forward.up.weight_name))
             matches = [match for name in present if (match := up.fullmatch(name))]
-            if not forward.up.name.count("*"):
-                found += [forward] * bool(matches)
+            if "*" not in forward.up.name:
+                found += [forward] if matches else []
                 continue
             for number in sorted({int(match[1]) for match in matches}):
                 slots = {
