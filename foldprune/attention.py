@@ -94,17 +94,31 @@ def _load_pair(
     return one, other
 
 
+def _logit_inputs(
+    block: AttentionBlock,
+    arrays: Mapping[str, Array],
+    moments: Moments | None,
+    source: Moments | None,
+) -> tuple[BlockInputs, BlockInputs]:
+    """What query and what key read."""
+    inputs = BlockInputs(block, arrays, moments)
+    return inputs, BlockInputs(block, arrays, source, source=True) if block.cross else inputs
+
+
 def _logit_heads(
-    block: AttentionBlock, arrays: Mapping[str, Array], inputs: BlockInputs
+    block: AttentionBlock, arrays: Mapping[str, Array], inputs: BlockInputs, source: BlockInputs
 ) -> tuple[Any, ...]:
     query, key = _load_pair(block, arrays, block.query, block.key)
     # without rotation the key's bias adds a constant to each row of the softmax and drops out, and
     # so does the keys' mean
     key_bias = key[1] if block.rope else None
-    heads = (*query, key[0], key_bias, block.heads, block.groups, inputs.scale, inputs.scale)
-    if not inputs.known or block.rope:
+    heads = (*query, key[0], key_bias, block.heads, block.groups, inputs.scale, source.scale)
+    if block.rope:
         return heads
-    return (*heads, inputs.plain if query[1] is None else inputs.extended, inputs.centred)
+    left = None
+    if inputs.known:
+        left = inputs.plain if query[1] is None else inputs.extended
+    return (*heads, left, source.centred if source.known else None)
 
 
 def _output_heads(
@@ -147,6 +161,7 @@ def irc(
     ranks: int | Array | None,
     threads: int = 1,
     moments: Moments | None = None,
+    source: Moments | None = None,
 ) -> Fold:
     """Identical row compression of query and key.
 
@@ -154,10 +169,13 @@ def irc(
     None is the lossless level, for dtypes where ``exact_in`` holds. With ``moments`` of the
     block's inputs, the fold has the least mean square error of the logits over independent queries
     and keys, the keys' mean left out as the softmax does; one number is then the mean over the
-    heads, and those whose logits need more rank get more of it.
+    heads, and those whose logits need more rank get more of it. ``source``: of the inputs that the
+    key of cross-attention reads.
     """
-    inputs = BlockInputs(block, arrays, None if ranks is None else moments)
-    heads = _logit_heads(block, arrays, inputs)
+    if ranks is None:
+        moments = source = None
+    inputs, key_inputs = _logit_inputs(block, arrays, moments, source)
+    heads = _logit_heads(block, arrays, inputs, key_inputs)
     dtype = heads[0].dtype
     gauge = exact_in(dtype)
     limit = block.head_dim // 2 if block.rope else block.head_dim
@@ -165,7 +183,7 @@ def irc(
         if ranks > limit:
             what = f"{limit} planes" if block.rope else f"the head size {limit}"
             raise ModelError(f"{block.name}: irc={ranks} is above {what}")
-        if inputs.known and not block.rope:
+        if inputs.known and key_inputs.known and not block.rope:
             ranks = _spread_ranks(_core.irc_spectrum(heads, threads), ranks)
         else:
             ranks = np.full(block.groups, ranks)
@@ -377,11 +395,11 @@ def dwc(
     """Diagonal weight compression of value.
 
     ``mode``: "slice", "pivot", "lossless", or the remainder's rank (one number, or one per key
-    head). With ``moments`` of the block's inputs the output projection is refitted, and where the
+    head). With ``moments`` of the value's inputs the output projection is refitted, and where the
     output or the value has a bias, that keeps the block's mean output. Raises Refused where a slice
     is not defined or the dtype's range is left.
     """
-    inputs = BlockInputs(block, arrays, None if _is_lossless(mode) else moments)
+    inputs = BlockInputs(block, arrays, None if _is_lossless(mode) else moments, source=True)
     heads = _output_heads(block, arrays, inputs)
     dtype, head_dim, groups = heads[2].dtype, block.head_dim, block.groups
     cols = block.value.cols
@@ -529,13 +547,14 @@ def irc_curve(
     arrays: Mapping[str, Array],
     threads: int = 1,
     moments: Moments | None = None,
+    source: Moments | None = None,
 ) -> Curve:
-    inputs = BlockInputs(block, arrays, moments)
-    heads = _logit_heads(block, arrays, inputs)
+    inputs, key_inputs = _logit_inputs(block, arrays, moments, source)
+    heads = _logit_heads(block, arrays, inputs, key_inputs)
     gauge = exact_in(heads[0].dtype)
-    cols, head_dim = block.query.cols, block.head_dim
+    cols, head_dim = block.key.cols, block.head_dim
     per_group = block.heads // block.groups
-    query_cols = cols + (block.query.bias is not None)
+    query_cols = block.query.cols + (block.query.bias is not None)
     dense = (block.query.rows * query_cols) + block.key.rows * (cols + (block.key.bias is not None))
     if block.rope:
         squared = -np.sort(-_plane_scores(block, heads, inputs, threads), axis=1)
@@ -558,7 +577,7 @@ def dwc_curve(
     threads: int = 1,
     moments: Moments | None = None,
 ) -> Curve:
-    heads = _output_heads(block, arrays, BlockInputs(block, arrays, moments))
+    heads = _output_heads(block, arrays, BlockInputs(block, arrays, moments, source=True))
     gauge = exact_in(heads[2].dtype)
     cols, head_dim = block.value.cols, block.head_dim
     has_bias = block.value.bias is not None

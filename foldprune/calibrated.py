@@ -182,13 +182,13 @@ def candidates(job: Job) -> list[Target]:
 
 def apply_attention(job: Job, measured: Measured, block: AttentionBlock, plan: Plan) -> None:
     """Folds one block's query, key and value."""
-    moments = measured.block_moments(block)
-    if moments is None and block.name in plan.irc.keys() | plan.dwc.keys():
+    moments, source = measured.query_moments(block), measured.source_moments(block)
+    if (moments is None or source is None) and block.name in plan.irc.keys() | plan.dwc.keys():
         job.notes.append(f"{block.name}: the calibration does not reach it: folded without data")
     if block.name in plan.irc:
-        job.fold_query_key(block, *plan.irc[block.name], moments=moments)
+        job.fold_query_key(block, *plan.irc[block.name], moments=moments, source=source)
     if block.name in plan.dwc:
-        job.fold_value(block, *plan.dwc[block.name], moments=moments)
+        job.fold_value(block, *plan.dwc[block.name], moments=source)
         _follow_values(job, measured, block)
     job.assemble_folds(block)
 
@@ -202,7 +202,7 @@ def _follow_values(job: Job, measured: Measured, block: AttentionBlock) -> None:
     """
     value, groups = block.value, block.groups
     encoding = job.segments.get(value.weight, {}).get(value.slot.part)
-    moments, gram = measured.block_moments(block), measured.gram(block.output.weight)
+    moments, gram = measured.source_moments(block), measured.gram(block.output.weight)
     if encoding is None or moments is None or gram is None:
         return
     old = value.view(job.arrays[value.weight], block.heads).astype(np.float64)
@@ -210,7 +210,7 @@ def _follow_values(job: Job, measured: Measured, block: AttentionBlock) -> None:
     old_mean, new_mean = old @ moments.mean, new @ moments.mean
     if value.bias is not None:
         old_mean += value.bias_view(job.arrays[value.bias], block.heads)
-        new_mean += job.segments[value.bias][value.slot.part].unpack()
+        new_mean += job.segments[value.bias][value.slot.bias_slot.part].unpack()
     old, new = (a.reshape(groups, block.head_dim, -1) for a in (old, new))
     covariance = moments.covariance
     energy = old @ covariance @ old.transpose(0, 2, 1)

@@ -1,8 +1,8 @@
 """What the inputs of an attention block are like, and how that weighs the errors of its folds.
 
-Query, key and value read the same inputs. Data-free, what the normalisation before the block puts
-out is taken as white before its gain, so input j has the root mean square |gain_j| (1 where no such
-norm is known).
+Query, key and value read the same inputs, except in cross-attention, whose key and value read
+another. Data-free, what the normalisation before the block puts out is taken as white before its
+gain, so input j has the root mean square |gain_j| (1 where no such norm is known).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Moments(Protocol):
 
 class BlockInputs:
     """How a block's inputs weigh errors: ``scale``, the root mean square of each one, and with
-    moments the ``mean`` and factors F of their second moments F F^T, (d, d) float64 each.
+    moments the ``mean`` and factors F of their second moments F F^T, (d, d) float64 each. Of
+    cross-attention these are what query reads, or with ``source`` what key and value read.
 
     ``centred``: of the covariance; ``plain``: of x; ``extended``: of [x; 1]. The covariance is
     shrunk towards its diagonal by d / (d + 10 count), so that directions that few rows happened not
@@ -48,19 +49,27 @@ class BlockInputs:
     centred: Array
 
     def __init__(
-        self, block: AttentionBlock, arrays: Mapping[str, Array], moments: Moments | None
+        self,
+        block: AttentionBlock,
+        arrays: Mapping[str, Array],
+        moments: Moments | None,
+        source: bool = False,
     ) -> None:
+        matrix = block.value if source else block.query
+        norm = block.norm_cross if source and block.cross else block.norm
         self.known = moments is not None
-        self.scale = None if moments is not None else _input_scale(block, arrays)
+        self.scale = None
         if moments is None:
+            if norm is not None:
+                self.scale = _input_scale(arrays, norm, block.norm_offset, matrix.cols)
             return
-        d = block.query.cols
+        d = matrix.cols
         self.mean = np.asarray(moments.mean, np.float64)
         second = np.asarray(moments.second, np.float64)
         if self.mean.shape != (d,) or second.shape != (d, d):
             raise TensorError(
                 f"{block.name}: moments of shapes {self.mean.shape} and {second.shape} for "
-                f"{block.query.weight!r} with {d} inputs; calibrate with this model"
+                f"{matrix.weight!r} with {d} inputs; calibrate with this model"
             )
         if not (np.isfinite(second).all() and np.isfinite(self.mean).all()):
             raise TensorError(f"{block.name}: the moments of its inputs hold NaN or Inf")
@@ -100,16 +109,12 @@ def _shrinkage(d: int, count: float) -> float:
     return max(d / (d + 10 * count), 1e-7)
 
 
-def _input_scale(block: AttentionBlock, arrays: Mapping[str, Array]) -> Array | None:
-    """|gain| of the norm before the block, (d,) float64; None if unknown. Gains near zero are
-    raised to a thousandth of the largest, so that no input counts for nothing."""
-    if block.norm is None:
+def _input_scale(arrays: Mapping[str, Array], norm: str, offset: float, cols: int) -> Array | None:
+    """|gain| of a normalisation, (cols,) float64; None if unknown. Gains near zero are raised to a
+    thousandth of the largest, so that no input counts for nothing."""
+    gain = next((arrays[n] for n in (f"{norm}.weight", f"{norm}.gamma") if n in arrays), None)
+    if gain is None or gain.shape != (cols,):
         return None
-    gain = next(
-        (arrays[n] for n in (f"{block.norm}.weight", f"{block.norm}.gamma") if n in arrays), None
-    )
-    if gain is None or gain.shape != (block.query.cols,):
-        return None
-    scale = np.abs(gain.astype(np.float64))
+    scale = np.abs(gain.astype(np.float64) + offset)
     largest = float(scale.max())
     return np.maximum(scale, 1e-3 * largest) if largest > 0 else None

@@ -157,13 +157,14 @@ class Job:
         ranks: int | Array | None,
         method: str,
         moments: Moments | None = None,
+        source: Moments | None = None,
     ) -> None:
         """IRC on one block; left out, with the reason noted, where it is invalid or not smaller."""
         self._fold(
             "IRC",
             {"query": block.query, "key": block.key},
             self.refusal(block, "irc", block.query, exact=ranks is None),
-            lambda: attention.irc(block, self.arrays, ranks, self.threads, moments),
+            lambda: attention.irc(block, self.arrays, ranks, self.threads, moments, source),
             method,
         )
 
@@ -246,7 +247,7 @@ class Job:
             if matrix.bias is not None:
                 pairs.append((matrix.bias, fold.biases[role]))
             for name, encoding in pairs:
-                self.segments.setdefault(name, {})[matrix.slot.part] = encoding
+                self.segments.setdefault(name, {})[matrix.slot_of(name).part] = encoding
                 self.methods.setdefault(name, []).append(method)
                 self.errors.setdefault(name, []).append(fold.error)
 
@@ -263,14 +264,14 @@ class Job:
 
     def assemble_folds(self, block: AttentionBlock) -> None:
         """Tensors of the block all or part of which were folded."""
-        slots: dict[str, list[Matrix]] = {}
+        fused: dict[str, dict[int, Matrix]] = {}
         for matrix in (block.query, block.key, block.value):
             for name in (matrix.weight, matrix.bias):
                 if name in self.segments:
-                    slots.setdefault(name, []).append(matrix)
-        for name, matrices in slots.items():
-            matrices.sort(key=lambda matrix: matrix.slot.part)
-            slot = matrices[0].slot
+                    fused.setdefault(name, {})[matrix.slot_of(name).part] = matrix
+        for name, by_part in fused.items():
+            matrices = [by_part[part] for part in sorted(by_part)]
+            slot = matrices[0].slot_of(name)
             transposed = slot.transposed and name == matrices[0].weight
             if slot.parts == 1 and not transposed:
                 encoding = self.segments[name][0]
@@ -283,7 +284,7 @@ class Job:
 
     def _segment(self, name: str, matrix: Matrix, heads: int) -> Encoding:
         """A part of a fused tensor: folded, or dense where it was not."""
-        if (folded := self.segments[name].get(matrix.slot.part)) is not None:
+        if (folded := self.segments[name].get(matrix.slot_of(name).part)) is not None:
             return folded
         array = self.arrays[name]
         view = (
@@ -587,9 +588,12 @@ class Job:
         if not blocks:
             return {}
         first = blocks[0]
-        return {
+        facts = {
             "heads": first.heads,
             "key_heads": first.groups,
             "head_dim": first.head_dim,
             "source": self.layout.head_source,
         }
+        if any(block.heads != first.heads for block in blocks):
+            facts["by_block"] = {block.name: block.heads for block in blocks}
+        return facts

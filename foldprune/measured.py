@@ -111,9 +111,14 @@ class Measured:
                 return moments
         return None
 
-    def block_moments(self, block: AttentionBlock) -> Moments | None:
-        """Of what the block's query, key and value read."""
-        for matrix in (block.query, block.key, block.value):
+    def query_moments(self, block: AttentionBlock) -> Moments | None:
+        """Of what the block's query reads."""
+        return self.moments(block.query.weight) if block.cross else self.source_moments(block)
+
+    def source_moments(self, block: AttentionBlock) -> Moments | None:
+        """Of what the block's key and value read."""
+        same = (block.key, block.value) if block.cross else (block.query, block.key, block.value)
+        for matrix in same:
             if (moments := self.moments(matrix.weight)) is not None:
                 return moments
         return None
@@ -235,7 +240,9 @@ class Measured:
     def is_embedding(self, name: str) -> bool:
         """Whether a tensor is looked up by rows (as a tied output embedding is too)."""
         return self.layout.groups[name] == "embedding" and (
-            self.row_use(name) is not None or self.gram(name) is None
+            self.row_use(name) is not None
+            or self.gram(name) is None
+            or not self.layout.names_output(name)  # tied, and its lookups were not counted
         )
 
     def embedding_scores(self, target: Target) -> Array:
@@ -285,13 +292,13 @@ class Measured:
     def fold_units(self, block: AttentionBlock, kind: str) -> list[Unit]:
         """IRC or DWC of a block, a unit per key head: the fold's error, as a share of what losing
         the whole key (or value) would cost."""
-        moments = self.block_moments(block)
+        source = self.source_moments(block)
         if kind == "IRC":
-            matrix = block.key
-            curve = attention.irc_curve(block, self.arrays, self.threads, moments)
+            matrix, query = block.key, self.query_moments(block)
+            curve = attention.irc_curve(block, self.arrays, self.threads, query, source)
         else:
             matrix = block.value
-            curve = attention.dwc_curve(block, self.arrays, self.threads, moments)
+            curve = attention.dwc_curve(block, self.arrays, self.threads, source)
         worth = self._worth(block, matrix)
         units = []
         for j, (stored, error) in enumerate(zip(curve.stored, curve.error, strict=True)):
@@ -306,7 +313,7 @@ class Measured:
     def _worth(self, block: AttentionBlock, matrix: Matrix) -> float:
         """Sum over a key's or value's rows of E[g^2] times the output's variance."""
         gradient = self.gradient(matrix.weight) if self.has_gradients else None
-        moments = self.block_moments(block)
+        moments = self.source_moments(block)
         if gradient is None or moments is None:
             return 1.0
         view = matrix.view(self.arrays[matrix.weight], block.heads).astype(np.float64)

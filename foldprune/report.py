@@ -161,7 +161,8 @@ class Report:
         if self.heads:
             facts.append(
                 f"architecture {self.schema}, {self.heads['heads']} heads of "
-                f"{self.heads['head_dim']}, {self.heads['key_heads']} key heads (from: "
+                f"{self.heads['head_dim']}, {self.heads['key_heads']} key heads"
+                f"{' in the first block' if 'by_block' in self.heads else ''} (from: "
                 f"{self.heads['source']})"
             )
         return facts + self.notes

@@ -59,12 +59,27 @@ def read(source: Any) -> Checkpoint:
         config = getattr(source, "config", None)
         if config is not None and callable(getattr(config, "to_dict", None)):
             checkpoint.config = config.to_dict()
+        else:
+            checkpoint.config = _torch_config(source)
         checkpoint.source = type(source).__name__
         return checkpoint
     raise TypeError(
         f"expected a state dict, a module or a path, got {type(source).__name__}; pass "
         "model.state_dict() or a mapping of names to arrays"
     )
+
+
+def _torch_config(module: Any) -> Mapping[str, Any] | None:
+    """What the torch.nn.MultiheadAttention inside a module say of themselves, if they agree."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(module, torch.nn.Module):
+        return None
+    attention = torch.nn.MultiheadAttention
+    inner = [child for child in module.modules() if isinstance(child, attention)]
+    if len({child.num_heads for child in inner}) != 1:
+        return None
+    zero = any(child.add_zero_attn for child in inner)
+    return {"num_attention_heads": inner[0].num_heads, "add_zero_attn": zero}
 
 
 def from_mapping(mapping: Mapping[Any, Any]) -> Checkpoint:

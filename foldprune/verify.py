@@ -152,7 +152,7 @@ def _layout(checkpoint: tensors.Checkpoint, compressed: Compressed) -> Layout | 
             checkpoint.arrays,
             [schema for schema in schemas.known() if schema.name == compressed.report.schema],
             None,
-            compressed.report.heads["heads"],
+            compressed.report.heads.get("by_block") or compressed.report.heads["heads"],
         )
     except ModelError:
         return None
@@ -191,7 +191,10 @@ def _check_block(
 ) -> BlockCheck:
     """On white random inputs, in float64; the seed is fixed, so a check can be repeated."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((_TOKENS, block.query.cols))
+    x = dict.fromkeys(("query", "key", "value"), rng.standard_normal((_TOKENS, block.query.cols)))
+    if block.cross:
+        x["key"] = rng.standard_normal((_TOKENS, block.key.cols))
+        x["value"] = rng.standard_normal((_TOKENS, block.value.cols))
     probabilities = rng.dirichlet(np.ones(_TOKENS), (block.heads, _TOKENS))
     raw = [_logits(block, arrays, x) for arrays in (before, after)]
     # without rotation softmax does not see a constant per row
@@ -210,16 +213,18 @@ def _check_block(
     )
 
 
-def _project(block: AttentionBlock, arrays: Mapping[str, Array], role: str, x: Array) -> Array:
+def _project(
+    block: AttentionBlock, arrays: Mapping[str, Array], role: str, inputs: Mapping[str, Array]
+) -> Array:
     """x W^T + b by heads: (heads or groups, tokens, head_dim)."""
-    matrix = getattr(block, role)
+    matrix, x = getattr(block, role), inputs[role]
     y = x @ matrix.view(arrays[matrix.weight], block.heads).astype(np.float64).T
     if matrix.bias is not None:
         y = y + matrix.bias_view(arrays[matrix.bias], block.heads).astype(np.float64)
     return y.reshape(len(x), -1, block.head_dim).transpose(1, 0, 2)
 
 
-def _logits(block: AttentionBlock, arrays: Mapping[str, Array], x: Array) -> Array:
+def _logits(block: AttentionBlock, arrays: Mapping[str, Array], x: Mapping[str, Array]) -> Array:
     q, k = _project(block, arrays, "query", x), _project(block, arrays, "key", x)
     if block.rope:
         q, k = _rotate(q, block.rope), _rotate(k, block.rope)
@@ -245,10 +250,10 @@ def _rotate(y: Array, pairing: str) -> Array:
 
 
 def _outputs(
-    block: AttentionBlock, arrays: Mapping[str, Array], x: Array, probabilities: Array
+    block: AttentionBlock, arrays: Mapping[str, Array], x: Mapping[str, Array], probabilities: Array
 ) -> Array:
     v = np.repeat(_project(block, arrays, "value", x), block.heads // block.groups, axis=0)
-    mixed = (probabilities @ v).transpose(1, 0, 2).reshape(len(x), -1)
+    mixed = (probabilities @ v).transpose(1, 0, 2).reshape(_TOKENS, -1)
     matrix = block.output
     y = mixed @ matrix.view(arrays[matrix.weight], block.heads).astype(np.float64).T
     if matrix.bias is not None:

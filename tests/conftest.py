@@ -57,26 +57,6 @@ def minilm_state(minilm_folder: Path) -> dict[str, np.ndarray]:
     return state
 
 
-def _randomise(model: Any, seed: int) -> Any:
-    """Every weight, bias and gain random, so that nothing is hidden behind a zero or a one; outputs
-    are of order one."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            shape = parameter.shape
-            noise = torch.randn(shape, generator=generator)
-            if parameter.ndim == 2:
-                fan_in = shape[0] if ".c_" in name else shape[1]  # Conv1D is (in x out)
-                parameter.copy_(noise / fan_in**0.5)
-            elif (name.endswith("weight") and "norm" in name.lower()) or ".ln_" in name:
-                parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.3 * noise)
-            else:
-                parameter.copy_(0.5 * noise)
-    return model.eval()
-
-
 _SIZES = {"vocab_size": 89, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 80}
 
 
@@ -134,7 +114,9 @@ def make_model() -> Callable[..., Any]:
     gpt2, opt, llama[-gqa, -mqa, -bias, -tied, -wide], mistral, qwen2, qwen3."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    return lambda name, seed=0: _randomise(_family(name), seed)
+    import models
+
+    return lambda name, seed=0: models.randomise(_family(name), seed)
 
 
 @pytest.fixture(scope="session")

@@ -177,11 +177,17 @@ def rotate(y: Array, positions: Array, frequency: float) -> Array:
 class Stored:
     """One logical (out x in) matrix or bias of a compressed checkpoint, read from its parts.
 
-    ``part`` of ``count``: where in a fused tensor; ``transposed``: the tensor is (in x out).
+    ``part`` of ``count``: where in a fused tensor; ``transposed``: the tensor is (in x out);
+    ``interleave``: by so many heads.
     """
 
     def __init__(
-        self, encoding: Any, part: int = 0, count: int = 1, transposed: bool = False
+        self,
+        encoding: Any,
+        part: int = 0,
+        count: int = 1,
+        transposed: bool = False,
+        interleave: int = 1,
     ) -> None:
         self.params = {"kind": encoding.kind, **encoding.params()}
         self.parts = dict(encoding.parts())
@@ -204,8 +210,8 @@ class Stored:
             if self.params["kind"] == "dense" and (count > 1 or transposed):
                 array = self.parts[""]
                 array = array.T if transposed and array.ndim == 2 else array
-                rows = self.shape[0]
-                self.parts = {"": array[part * rows : (part + 1) * rows]}
+                by_head = array.reshape(interleave, count, -1, *array.shape[1:])
+                self.parts = {"": by_head[:, part].reshape(-1, *array.shape[1:])}
             elif count > 1:
                 raise AssertionError("a fused tensor is stored as one piece of another kind")
 
@@ -327,49 +333,77 @@ def attention(
     groups: int,
     head_dim: int,
     rope_base: float | None,
-    causal: bool,
+    causal: bool = False,
+    scaled: bool = True,
+    keys: Array | None = None,
+    values: Array | None = None,
+    added: Array | float = 0.0,
 ) -> Array:
     """Output of one attention block on x (tokens x d), from its factors.
 
     ``stored``: "query", "key", "value", "output" and, where there are biases, "query_bias", ...
+    ``keys``, ``values``: what key and value read, if not x. ``added``: to the logits, scaled.
     """
     x = x.astype(np.float64)
-    tokens, per_group = len(x), heads // groups
-    if rope_base is None:
-        logits = _logits(x, stored, heads, groups)
-    else:
-        logits = _rope_logits(x, stored, heads, groups, head_dim, rope_base)
-    logits = logits / np.sqrt(head_dim)
+    keys = x if keys is None else keys.astype(np.float64)
+    values = keys if values is None else values.astype(np.float64)
+    logits = scaled_logits(x, keys, stored, heads, groups, head_dim, rope_base, scaled) + added
     if causal:
+        tokens = len(x)
         logits = np.where(np.tril(np.ones((tokens, tokens), bool)), logits, -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
+    return mixed(weights, values, stored, heads, groups, head_dim)
 
+
+def scaled_logits(
+    x: Array,
+    keys: Array,
+    stored: dict[str, Stored],
+    heads: int,
+    groups: int,
+    head_dim: int,
+    rope_base: float | None,
+    scaled: bool = True,
+) -> Array:
+    """Logits of every head (heads x tokens x keys), up to a constant in each row."""
+    if rope_base is None:
+        logits = _logits(x, keys, stored, heads, groups)
+    else:
+        logits = _rope_logits(x, stored, heads, groups, head_dim, rope_base)
+    return logits / np.sqrt(head_dim) if scaled else logits
+
+
+def mixed(
+    weights: Array, x: Array, stored: dict[str, Stored], heads: int, groups: int, head_dim: int
+) -> Array:
+    """What a block puts out whose heads attend to x with these weights (heads x tokens x keys)."""
+    per_group = heads // groups
     values = stored["value"].heads(groups)
     bias = stored["value_bias"].heads(groups) if "value_bias" in stored else None
-    mixed = np.zeros((tokens, heads, head_dim))
+    seen = np.zeros((weights.shape[1], heads, head_dim))
     for i in range(heads):
         j = i // per_group
         v = x @ values[j].T + (bias[j][:, 0] if bias is not None else 0.0)
-        mixed[:, i, : v.shape[1]] = weights[i] @ v
-    y = mixed.reshape(tokens, -1) @ stored["output"].matrix().T
+        seen[:, i, : v.shape[1]] = weights[i] @ v
+    y = seen.reshape(len(seen), -1) @ stored["output"].matrix().T
     if "output_bias" in stored:
         y = y + stored["output_bias"].matrix()
     return y
 
 
-def _logits(x: Array, stored: dict[str, Stored], heads: int, groups: int) -> Array:
+def _logits(x: Array, keys: Array, stored: dict[str, Stored], heads: int, groups: int) -> Array:
     query, key = stored["query"].heads(heads), stored["key"].heads(groups)
     query_bias = stored["query_bias"].heads(heads) if "query_bias" in stored else None
     # dropped where the key was folded: a constant per row of the softmax
     key_bias = None
     if "key_bias" in stored and stored["key_bias"].kind != "zeros":
         key_bias = stored["key_bias"].heads(groups)
-    logits = np.zeros((heads, len(x), len(x)))
+    logits = np.zeros((heads, len(x), len(keys)))
     for i in range(heads):
         j = i // (heads // groups)
         q = x @ query[i].T + (query_bias[i][:, 0] if query_bias is not None else 0.0)
-        k = x @ key[j].T + (key_bias[j][:, 0] if key_bias is not None else 0.0)
+        k = keys @ key[j].T + (key_bias[j][:, 0] if key_bias is not None else 0.0)
         logits[i] = q @ k.T
     return logits
 

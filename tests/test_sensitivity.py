@@ -171,7 +171,7 @@ def test_damage_of_folds(known, family, gradients):
     job, measured = settled(model, calibration)
     met = inputs(model)
     for block in job.layout.attentions:
-        moments = measured.block_moments(block)
+        moments = measured.source_moments(block)
         for kind, matrix, curve_of in (
             ("IRC", block.key, attention.irc_curve),
             ("DWC", block.value, attention.dwc_curve),

@@ -1,10 +1,10 @@
-"""BERT and what shares its names: RoBERTa, MiniLM, XLM-R, CamemBERT."""
+"""BERT and what shares its names: RoBERTa, MiniLM, XLM-R, CamemBERT, ELECTRA."""
 
 from .schema import Attention, FeedForward, Forbidden, Schema, Slot
 
 BERT = Schema(
     name="bert",
-    model_types=("bert", "roberta", "xlm-roberta", "camembert"),
+    model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
     block=r"encoder\.layer\.(\d+)\.",
     attention=Attention(
         query=Slot("attention.self.query"),
@@ -21,14 +21,23 @@ BERT = Schema(
         r"embeddings\.(word|position|token_type)_embeddings\.weight",
         r"cls\.predictions\.decoder\.weight",
         r"lm_head\.decoder\.weight",
+        r"generator_lm_head\.weight",
     ),
-    output_embeddings=(r"cls\.predictions\.decoder\.weight", r"lm_head\.decoder\.weight"),
+    output_embeddings=(
+        r"cls\.predictions\.decoder\.weight",
+        r"lm_head\.decoder\.weight",
+        r"generator_lm_head\.weight",
+    ),
     dense=(
         r"embeddings\.LayerNorm\.(weight|bias|gamma|beta)",
         r"embeddings\.(position_ids|token_type_ids)",
+        r"embeddings_project\.(weight|bias)",
         r"pooler\.dense\.(weight|bias)",
         r"cls\..*",
         r"lm_head\..*",
+        r"(discriminator|generator)_predictions\..*",
+        r"generator_lm_head\.bias",
+        r"sequence_summary\.summary\.(weight|bias)",
         r"classifier\..*",
         r"qa_outputs\..*",
     ),
@@ -40,4 +49,5 @@ BERT = Schema(
             "product",
         ),
     ),
+    note="MiniLM too",
 )

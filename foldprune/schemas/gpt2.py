@@ -23,5 +23,6 @@ GPT2 = Schema(
     embeddings=(r"wte\.weight", r"wpe\.weight", r"lm_head\.weight"),
     output_embeddings=(r"lm_head\.weight",),
     shared_embedding=r"wte\.weight",
-    dense=(r"ln_f\.(weight|bias)", r"score\.weight", r"classifier\..*"),
+    dense=(r"ln_f\.(weight|bias)", r"(score|classifier|qa_outputs)\..*"),
+    note="fused, transposed c_attn",
 )

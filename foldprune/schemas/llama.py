@@ -1,6 +1,6 @@
 """LLaMA and what shares its names and rotary embedding: Mistral, Qwen2 and Qwen3, SmolLM."""
 
-from .schema import Attention, FeedForward, Forbidden, Schema, Slot
+from .schema import Attention, FeedForward, Forbidden, Refusal, Schema, Slot
 
 LLAMA = Schema(
     name="llama",
@@ -28,8 +28,7 @@ LLAMA = Schema(
     dense=(
         r"norm\.weight",
         r"rotary_emb\.(original_)?inv_freq",
-        r"score\.weight",
-        r"classifier\..*",
+        r"(score|classifier|qa_outputs)\..*",
     ),
     forbidden=(
         Forbidden(
@@ -38,7 +37,8 @@ LLAMA = Schema(
             "query and key are normalised before they meet, so their product is not bilinear",
         ),
     ),
-    refuses={
-        "partial_rotary_factor": (1.0, ("irc",), "only part of each head rotates"),
-    },
+    refuses=(
+        Refusal(("partial_rotary_factor",), 1.0, 1.0, ("irc",), "only part of each head rotates"),
+    ),
+    note="SmolLM, SmolLM2, TinyLlama too; slice without grouped queries",
 )

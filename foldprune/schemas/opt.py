@@ -23,7 +23,7 @@ OPT = Schema(
         r"final_layer_norm\.(weight|bias)",
         r"embed_positions\.weight",
         r"project_(in|out)\.weight",
-        r"score\.weight",
-        r"classifier\..*",
+        r"(score|classifier|qa_outputs)\..*",
     ),
+    note="learned positions stay dense",
 )

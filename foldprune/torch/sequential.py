@@ -96,6 +96,12 @@ def compress(
             "one; use foldprune.compress(model, recipe=..., calibration="
             "foldprune.torch.calibrate(model, batches))"
         )
+    chains = {block.stack for block in job.layout.attentions}
+    if len(chains) > 1 or any(block.cross for block in job.layout.attentions):
+        raise ModelError(
+            f"{type(model).__name__}: its blocks are no single chain ({', '.join(sorted(chains))}):"
+            f" {_ALTERNATIVE}"
+        )
     if calibration is None:
         calibration = calibrate(
             model,
@@ -237,8 +243,6 @@ class _Runner:
             if name in calls:
                 raise ModelError(f"{type(self.model).__name__} calls {name} twice: {_ALTERNATIVE}")
             calls[name] = _Call(rest, named)
-            if len(calls) == len(self.names):
-                raise _Stop
 
         handles = [
             self.model.get_submodule(name).register_forward_pre_hook(
@@ -247,7 +251,7 @@ class _Runner:
             for name in self.names
         ]
         try:
-            with naming(batch.index), suppress(_Stop):
+            with naming(batch.index):  # to the end: layers that share a block call it again
                 self._forward(batch, changed)
         finally:
             for handle in handles:
