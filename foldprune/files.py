@@ -14,7 +14,7 @@ from .errors import FormatError, ModelError, TensorError
 from .tensor_files import SafetensorsFile, TorchFile, open_tensors
 from .tensors import Checkpoint
 
-__all__ = ["Source", "locate", "read", "read_config", "read_json", "read_safetensors"]
+__all__ = ["Source", "locate", "read", "read_config", "read_json"]
 
 # in the order in which a model folder is searched
 _FOLDER_FILES = (
@@ -56,12 +56,6 @@ class Source:
         else:
             self.specs[name] = file.specs[name]
             self.files[name] = path
-
-
-def read_safetensors(path: str) -> tuple[dict[str, Array], dict[str, str]]:
-    """Arrays and metadata of one file, in the file's order. FormatError if it is damaged."""
-    file = SafetensorsFile(path)
-    return {name: file.read(name) for name in file.specs}, file.metadata
 
 
 def read_json(path: str) -> Any:
