@@ -7,7 +7,6 @@ for and what it has settled, so that a run that was killed goes on where it was.
 
 from __future__ import annotations
 
-import glob
 import importlib.metadata
 import json
 import os
@@ -31,6 +30,7 @@ from .container import (
     open_header,
     part_name,
     read_tensor,
+    remove_leftovers,
     shard_name,
     write_atomically,
     write_index,
@@ -81,8 +81,8 @@ def compress_checkpoint(
         A model folder, a sharded index, or a file, as ``compress`` takes. Torch shards are mapped
         to memory; only those of torch before 1.6 are read whole.
     dst
-        The folder to write, which is made. A compressed checkpoint that is there is replaced by the
-        new index, at the end, in one step.
+        The folder to write, which is made; by one run at a time. A compressed checkpoint that is
+        there is replaced by the new index, at the end, in one step.
     rate, recipe, config, num_heads
         As for ``compress``. Where all tensors compete, for a rate or with ``fpp_scope="global"``,
         the threshold comes from a histogram of their scores: as many numbers are removed as with
@@ -263,8 +263,7 @@ class _Run:
         asked = json.loads(json.dumps({"format": VERSION, **asked}))
         text = json.dumps(asked, sort_keys=True)
         run = cls(dst, asked, f"{zlib.crc32(text.encode()):08x}")
-        for left in glob.glob(os.path.join(glob.escape(dst), f".foldprune-{run.token}-*.tmp")):
-            os.unlink(left)  # of a process that was killed
+        remove_leftovers(dst)
         if not os.path.exists(run.manifest):
             run._write()
             return run

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,6 +44,7 @@ __all__ = [
     "open_header",
     "part_name",
     "read_tensor",
+    "remove_leftovers",
     "save",
     "shard_name",
     "write_atomically",
@@ -254,6 +256,13 @@ def write_atomically(path: str, write: Any) -> None:
             os.unlink(temporary)
         raise
     _sync(folder)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Removes what ``write_atomically`` left in a folder when its process was killed."""
+    for name in os.listdir(folder):
+        if re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", name):
+            os.unlink(os.path.join(folder, name))
 
 
 def _sync(path: str) -> None:
