@@ -32,6 +32,7 @@ from .container import (
     read_tensor,
     remove_leftovers,
     shard_name,
+    tensor_spec,
     write_atomically,
     write_index,
     write_json,
@@ -45,7 +46,7 @@ from .prune import Cut
 from .recipe import Recipe
 from .report import Report, Row
 from .spread import choose, fill
-from .tensor_files import SafetensorsFile, stand_in, write_safetensors
+from .tensor_files import SafetensorsFile, write_safetensors
 from .tensors import Checkpoint
 from .units import BY_RATE, Plan, Unit
 
@@ -472,7 +473,7 @@ class _Tensor:
 
     @property
     def spec(self) -> Array:
-        return stand_in(self.described["shape"], np.dtype(self.described["dtype"]))
+        return tensor_spec(self.described)
 
 
 def _dense_shards(

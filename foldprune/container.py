@@ -31,7 +31,7 @@ from .files import read_json
 from .options import resolve_threads
 from .recipe import Recipe
 from .report import Report
-from .tensor_files import SafetensorsFile
+from .tensor_files import SafetensorsFile, is_stored_dtype, stand_in
 
 __all__ = [
     "INDEX",
@@ -47,6 +47,7 @@ __all__ = [
     "remove_leftovers",
     "save",
     "shard_name",
+    "tensor_spec",
     "write_atomically",
     "write_index",
     "write_json",
@@ -55,6 +56,7 @@ __all__ = [
 VERSION = 1
 INDEX = "foldprune.safetensors.index.json"
 _SEPARATOR = "::"
+_MOST_DIMENSIONS = 32  # of any NumPy's
 
 
 def save(compressed: Compressed, path: str, max_shard_bytes: int | None = None) -> None:
@@ -190,6 +192,8 @@ def _check_header(header: Mapping[str, Any], files: Mapping[str, SafetensorsFile
     if set(header["crc32"]) != set(files):
         odd = sorted(set(header["crc32"]) ^ set(files))
         raise FormatError(f"parts that the header and the file disagree on: {odd[:5]}")
+    if header["framework"] not in (None, "torch", "numpy"):
+        raise FormatError(f"unknown framework {header['framework']!r}")
     stored = [tensor["name"] for tensor in header["tensors"]]
     used = [part_name(t["name"], part) for t in header["tensors"] for part in t["parts"]]
     if sorted(used) != sorted(files):
@@ -197,6 +201,17 @@ def _check_header(header: Mapping[str, Any], files: Mapping[str, SafetensorsFile
     tied = header["tied"]
     if sorted(header["names"]) != sorted([*stored, *tied]) or not set(tied.values()) <= set(stored):
         raise FormatError("the list of names does not fit the tensors")
+
+
+def tensor_spec(tensor: Mapping[str, Any]) -> Array:
+    """A stand-in for a tensor as the header describes it. FormatError if there can be none."""
+    shape, dtype = tensor["shape"], np.dtype(tensor["dtype"])
+    sound = len(shape) <= _MOST_DIMENSIONS and all(type(size) is int for size in shape)
+    if not sound or any(size < 0 for size in shape) or math.prod(shape) > 1 << 48:
+        raise FormatError(f"{tensor['name']!r}: impossible shape {shape}"[:200])
+    if not is_stored_dtype(dtype):
+        raise FormatError(f"{tensor['name']!r}: a file cannot hold {dtype}")
+    return stand_in(shape, dtype)
 
 
 def read_tensor(
@@ -211,11 +226,9 @@ def read_tensor(
         parts[part] = files[full].read(full)
         if crc(parts[part]) != crc32[full]:
             raise FormatError(f"{full!r} is damaged (its checksum does not fit)")
-    shape = tuple(int(size) for size in tensor["shape"])
-    if any(size < 0 for size in shape) or math.prod(shape) > 1 << 48:
-        raise FormatError(f"{name!r}: impossible shape {shape}")
+    spec = tensor_spec(tensor)
     try:
-        return restore(shape, np.dtype(tensor["dtype"]), tensor["encoding"], parts)
+        return restore(spec.shape, spec.dtype, tensor["encoding"], parts)
     except FormatError as error:
         raise FormatError(f"{name!r}: {error}") from None
 

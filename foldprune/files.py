@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .encodings import Array
 from .errors import FormatError, ModelError, TensorError
-from .tensor_files import SafetensorsFile, TorchFile, open_tensors
+from .tensor_files import SafetensorsFile, TorchFile, open_tensors, unique
 from .tensors import Checkpoint
 
 __all__ = ["Source", "locate", "read", "read_config", "read_json"]
@@ -58,11 +58,12 @@ class Source:
             self.files[name] = path
 
 
-def read_json(path: str) -> Any:
-    """A JSON file's value; ValueError for what is none."""
+def read_json(path: str, hook: Callable[..., Any] | None = None) -> Any:
+    """A JSON file's value; ValueError for what is none. ``hook``: see json's
+    ``object_pairs_hook``."""
     with open(path, encoding="utf-8") as file:
         try:
-            return json.load(file)
+            return json.load(file, object_pairs_hook=hook)
         except RecursionError:
             raise ValueError("nested too deeply") from None
 
@@ -133,10 +134,10 @@ def _open(path: str) -> SafetensorsFile | TorchFile:
 
 def _locate_shards(source: Source, index: str) -> None:
     try:
-        weight_map = read_json(index)["weight_map"]
+        weight_map = read_json(index, unique)["weight_map"]
         wanted = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise FormatError(f"{index}: not an index with a 'weight_map'") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{index}: not an index with a 'weight_map': {error!r}") from None
     for name, shard in wanted.items():
         if os.path.basename(shard) != shard:
             raise FormatError(f"{index}: shard {shard!r} is not a plain file name")

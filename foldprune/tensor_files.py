@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,10 +19,11 @@ from .tensors import from_mapping
 __all__ = [
     "TORCH_SUFFIXES",
     "SafetensorsFile",
-    "TensorFile",
     "TorchFile",
+    "is_stored_dtype",
     "open_tensors",
     "stand_in",
+    "unique",
     "write_safetensors",
 ]
 
@@ -56,18 +57,26 @@ def stand_in(shape: Iterable[int], dtype: np.dtype[Any]) -> Array:
     return np.broadcast_to(np.zeros((), dtype), tuple(shape))
 
 
-class TensorFile(Protocol):
-    """``specs`` holds a stand-in for every tensor, in the file's order; ``tied`` those that are
-    another one's memory, and are in ``specs`` too."""
+def is_stored_dtype(dtype: np.dtype[Any]) -> bool:
+    """Whether a safetensors file can hold it."""
+    return dtype in _NAMES
 
-    specs: Mapping[str, Array]
-    tied: Mapping[str, str]
 
-    def read(self, name: str) -> Array: ...
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's items as a dict; ValueError if a name is there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return values
 
 
 class SafetensorsFile:
-    """A safetensors file, of which only the header has been read. FormatError if it is damaged."""
+    """A safetensors file, of which only the header has been read. FormatError if it is damaged.
+
+    ``specs`` holds a stand-in for every tensor, in the file's order; ``tied``: those that are
+    another one's memory, and are in ``specs`` too.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -81,7 +90,10 @@ class SafetensorsFile:
         # the library cannot hand out every dtype (float8), so the numbers are read here
         with open(path, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size), object_pairs_hook=self._unique)
+            try:
+                header = json.loads(stream.read(size), object_pairs_hook=unique)
+            except ValueError as error:
+                raise FormatError(f"{path}: {error}") from None
         header.pop("__metadata__", None)
         self._start = 8 + size
         self._offsets: dict[str, int] = {}
@@ -95,14 +107,6 @@ class SafetensorsFile:
             self._offsets[name] = entry["data_offsets"][0]
             self.specs[name] = stand_in(entry["shape"], dtype)
 
-    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FormatError(f"{self.path}: {twice!r} is there twice")
-        return values
-
     def read(self, name: str) -> Array:
         """The tensor; FormatError if the file has become shorter since it was opened."""
         spec = self.specs[name]
@@ -115,8 +119,8 @@ class SafetensorsFile:
 
 
 class TorchFile:
-    """What ``torch.save`` wrote: opened with ``weights_only``, and its numbers mapped rather than
-    read, which also bounds every storage by the file (torch trusts a pickle's sizes otherwise)."""
+    """As above, of what ``torch.save`` wrote. Opened with ``weights_only``, and its numbers mapped
+    rather than read, which also keeps them within the file: torch trusts a pickle's sizes."""
 
     def __init__(self, path: str) -> None:
         try:
