@@ -7,6 +7,7 @@ for and what it has settled, so that a run that was killed goes on where it was.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -180,7 +181,7 @@ def _plan_rate(rate: float, parts: list[Unit], pool: _Pool) -> tuple[list[Plan],
         for fold, option in zip(survey.folds, survey.options, strict=True)
         if fold == method
     ]
-    choice = choose(rate, numbers, options, weights, np.sum(counts, axis=0))
+    choice = choose(rate, numbers, options, weights, functools.reduce(np.add, counts))
 
     plans = [
         Plan(None, ranks=[None if o.ranks is None else o.ranks.tolist() for o in survey.options])
@@ -193,7 +194,7 @@ def _plan_rate(rate: float, parts: list[Unit], pool: _Pool) -> tuple[list[Plan],
         removed += folded.removed
         counts[i] = folded.counts
     count = fill(rate, numbers, choice, removed, weights)
-    cuts = {BY_RATE: Cut.removing(count, np.sum(counts, axis=0))} if count else {}
+    cuts = {BY_RATE: Cut.removing(count, functools.reduce(np.add, counts))} if count else {}
     plans = [Plan(None, cuts, plan.ranks) for plan in plans]
     return plans, settled_recipe(options, count, weights)
 

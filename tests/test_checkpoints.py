@@ -451,11 +451,14 @@ def test_a_damaged_manifest_is_an_error(text, source, tmp_path):
 # ---- memory -------------------------------------------------------------------------------------
 
 PEAK = """
-import resource, sys, warnings
+import sys, warnings
 import foldprune
 from foldprune import Recipe
 warnings.simplefilter("ignore")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # ru_maxrss would count the process that this one was forked from
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
 before = peak()
 how = {"rate": {"rate": 0.3}, "recipe": {"recipe": Recipe(fpp=0.5, irc=16)}}
 if sys.argv[1] == "decompress":
@@ -472,23 +475,27 @@ def peak(how: str, source: Path, out: Path) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in kilobytes")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """A model of 24 blocks takes what one of 4 does, which is less than the model of 24."""
-    grown: dict[int, list[int]] = {}
+    """Of 20 blocks more, what is kept of every unit (the histogram of its scores) is a small
+    part."""
+    sizes, grown = [], []
     for layers in (4, 24):
         state = reference.llama_state(layers=layers, d=512, heads=8, groups=8, ff=1536, vocab=2000)
         source = write(tmp_path / f"{layers}", state, shards=6)
-        size = sum(array.nbytes for array in state.values())
+        sizes.append(sum(array.nbytes for array in state.values()))
         del state
         recipe, rate = tmp_path / f"recipe{layers}", tmp_path / f"rate{layers}"
-        grown[layers] = [
-            peak("recipe", source, recipe),
-            peak("rate", source, rate),
-            peak("decompress", recipe, tmp_path / f"dense{layers}"),
-        ]
-    for small, large in zip(grown[4], grown[24], strict=True):
-        assert large < 1.25 * small + 10_000_000 < size
+        grown.append(
+            [
+                peak("recipe", source, recipe),
+                peak("rate", source, rate),
+                peak("decompress", recipe, tmp_path / f"dense{layers}"),
+            ]
+        )
+    for small, large in zip(*grown, strict=True):
+        assert large - small < 0.12 * (sizes[1] - sizes[0])
+        assert large < 0.25 * sizes[1]
 
 
 # ---- and back -----------------------------------------------------------------------------------
@@ -557,7 +564,10 @@ def test_smollm2_from_shards(smollm2_folder, tmp_path):
     del plain.config.quantization_config
     plain.save_pretrained(tmp_path / "source", max_shard_size="60MB")
     report = foldprune.compress_checkpoint(tmp_path / "source", tmp_path / "out", 0.5)
-    assert abs(report.removed - 0.5) < 0.0005
-    exact = foldprune.compress(tmp_path / "source", 0.5).report
+    assert abs(report.removed - 0.5) < 0.005
+    recipe = Recipe(fpp=0.5)
+    report = foldprune.compress_checkpoint(tmp_path / "source", tmp_path / "out", recipe=recipe)
+    exact = foldprune.compress(tmp_path / "source", recipe=recipe).report
+    assert abs(report.removed - exact.removed) < 0.0005
     for row, other in zip(report.rows, exact.rows, strict=True):
         assert abs(row.removed - other.removed) < 0.005, row.name

@@ -654,3 +654,26 @@ def test_memory_is_flat_over_ten_thousand_calls():
         [sys.executable, "-c", FLAT, "10000"], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 180
+
+
+# ---- what fuzzing starts from, and has found ----------------------------------------------------
+
+FUZZ = Path(__file__).parent / "fuzz"
+
+
+@pytest.mark.parametrize("target", ["file", "header", "restore", "unpack"])
+def test_the_fuzzers_corpus(target, monkeypatch):
+    monkeypatch.syspath_prepend(str(FUZZ))
+    import targets
+
+    seeds = sorted((targets.CORPUS / target).iterdir())
+    assert seeds
+    rng = np.random.default_rng(0)
+    for seed in seeds:
+        data = seed.read_bytes()
+        targets.TARGETS[target](data)
+        for _ in range(50):
+            damaged = bytearray(data)
+            for at in rng.integers(0, max(len(data), 1), 3).tolist():
+                damaged[at : at + 1] = rng.bytes(int(rng.integers(3)))
+            targets.TARGETS[target](bytes(damaged))
