@@ -8,6 +8,7 @@ for and what it has settled, so that a run that was killed goes on where it was.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -133,6 +134,7 @@ def compress_checkpoint(
         "rate": rate if recipe is None else None,
         "recipe": None if recipe is None else recipe.to_dict(),
         "heads": head_facts(layout),
+        "layout": zlib.crc32(repr((layout.attentions, layout.feed_forwards)).encode()),
         "source": {os.path.basename(path): _stamp(path) for path in source.opened},
     }
     run = _Run.open(dst, asked)
@@ -264,7 +266,7 @@ class _Run:
         os.makedirs(dst, exist_ok=True)
         asked = json.loads(json.dumps({"format": VERSION, **asked}))
         text = json.dumps(asked, sort_keys=True)
-        run = cls(dst, asked, f"{zlib.crc32(text.encode()):08x}")
+        run = cls(dst, asked, hashlib.sha256(text.encode()).hexdigest()[:16])
         remove_leftovers(dst)
         if not os.path.exists(run.manifest):
             run._write()
