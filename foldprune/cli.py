@@ -1,4 +1,4 @@
-"""The command line: ``foldprune compress|decompress|inspect|verify|demo``.
+"""The command line: ``foldprune compress|decompress|inspect|verify|demo|reproduce``.
 
 Results go to standard output; progress, warnings and errors to standard error. Exit codes: 0 fine,
 1 the verification failed, 2 wrong usage or an error, 130 interrupted.
@@ -127,6 +127,28 @@ def _demo(args: argparse.Namespace) -> int:
         )
     else:
         print(demo.describe(outcomes))
+    return 0
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from .eval.reproduce import reproduce
+
+    made = reproduce(
+        args.table,
+        out=args.out or f"foldprune-{args.table}",
+        quick=args.quick,
+        models=args.models,
+        sets=args.sets,
+        methods=args.methods,
+        rates=args.rates,
+        seeds=args.seeds,
+        progress=sys.stderr.isatty(),
+        threads=args.threads,
+    )
+    if args.json:
+        _print_json(made.to_dict())
+    else:
+        print(made)
     return 0
 
 
@@ -287,7 +309,40 @@ def _parser() -> argparse.ArgumentParser:
         "compress a real sentence encoder and compare its embeddings with the original's",
     )
     _add_how(demo)
+    _add_reproduce(command("reproduce", _reproduce, "make the tables that compare methods"))
     return parser
+
+
+def _add_reproduce(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--table", choices=("classification", "lm"), required=True)
+    parser.add_argument(
+        "--quick", action="store_true", help="two sets, one seed and a few steps, to try it"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="log, tables and plots; what is logged there is not made again (default: "
+        "foldprune-TABLE)",
+    )
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="a name or a model folder")
+    parser.add_argument(
+        "--sets", nargs="+", metavar="SET", help="a name, hf:owner/name, or a file with texts"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="of dense, foldprune, random, magnitude, wanda and sparsegpt (default: all)",
+    )
+    parser.add_argument(
+        "--rates", nargs="+", type=_rate, metavar="R", help='shares to remove, or "paper"'
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N")
+    _add_threads(parser)
+
+
+def _rate(text: str) -> float | str:
+    return text if text == "paper" else float(text)
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:

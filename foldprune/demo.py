@@ -29,6 +29,7 @@ __all__ = [
     "embed",
     "load_model",
     "model_folder",
+    "quiet_transformers",
     "run",
 ]
 
@@ -99,7 +100,7 @@ def model_folder() -> str:
 
 def load_model(folder: str) -> Any:
     """The dense model, as ``transformers`` reads it."""
-    model: Any = _transformers().AutoModel.from_pretrained(folder, local_files_only=True)
+    model: Any = quiet_transformers().AutoModel.from_pretrained(folder, local_files_only=True)
     return model
 
 
@@ -108,7 +109,7 @@ def embed(
 ) -> Array:
     """Sentence embeddings (sentences x hidden, float32) of the model in ``folder`` with these
     weights: the mean of the last hidden states over the attention mask, normalised."""
-    transformers = _transformers()
+    transformers = quiet_transformers()
     import torch
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -161,7 +162,7 @@ def describe(outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join([*parts, "\n".join([title, *lines])])
 
 
-def _transformers() -> Any:
+def quiet_transformers() -> Any:
     """The library, offline and quiet."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -169,7 +170,7 @@ def _transformers() -> Any:
 
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
-        raise ImportError(f"{error}: the demo needs pip install 'foldprune[demo]'") from None
+        raise ImportError(f"{error}: this needs pip install 'foldprune[demo]'") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "DataError",
     "FoldRefusedWarning",
     "FoldpruneError",
     "FoldpruneWarning",
@@ -45,6 +46,10 @@ class RateError(FoldpruneError, ValueError):
 
 class FormatError(FoldpruneError, ValueError):
     """A file is not a foldprune file, is damaged, or is of a newer version."""
+
+
+class DataError(FoldpruneError, ValueError):
+    """A data set is unknown, incomplete, or its rows do not fit what they are to be."""
 
 
 class FoldpruneWarning(UserWarning):

@@ -136,6 +136,7 @@ class Job:
     errors: dict[str, list[float]] = field(default_factory=dict)
     replaced: dict[str, Array] = field(default_factory=dict)
     col_scales: dict[str, Array] = field(default_factory=dict)
+    row_scales: dict[str, Array] = field(default_factory=dict)
     tensor_notes: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -358,6 +359,7 @@ class Job:
             matrix = array.T if transposed else array
         target = Target(name, np.ascontiguousarray(matrix), transposed)
         target.col_scale = self.col_scales.get(name)
+        target.row_scale = self.row_scales.get(name)
         return target
 
     def targets(self, recipe: Recipe) -> list[Target]:
@@ -390,7 +392,7 @@ class Job:
     def run_recipe(self, recipe: Recipe) -> None:
         self.fold_by_recipe(recipe)
         self.warn_refused()
-        self.prune_by_recipe(recipe)
+        self.prune_recipe(recipe)
 
     def fold_by_recipe(self, recipe: Recipe) -> None:
         for block in self.layout.attentions:
@@ -424,8 +426,10 @@ class Job:
             return None
         return dwc, f"DWC remainder k={dwc}" if isinstance(dwc, int) else f"DWC {dwc}"
 
-    def prune_by_recipe(self, recipe: Recipe) -> None:
-        for (rate, text), targets in self.competitors(recipe).items():
+    def prune_recipe(self, recipe: Recipe, relative: bool = False) -> None:
+        """FPP of the recipe's ``fpp_on``. ``relative``: what competes are shares of each matrix's
+        own output, not the numbers themselves."""
+        for (rate, text), targets in self.competitors(recipe, relative).items():
             granularity = Granularity.parse(text)
             if granularity.kind == "neuron":
                 self._prune_neurons(targets, rate)
@@ -439,7 +443,9 @@ class Job:
                 )
             self.keep_pruned(pruned, text)
 
-    def competitors(self, recipe: Recipe) -> dict[tuple[float, str], list[Target]]:
+    def competitors(
+        self, recipe: Recipe, relative: bool = False
+    ) -> dict[tuple[float, str], list[Target]]:
         """What is to be pruned, by rate and granularity: those that share both compete."""
         hidden = {
             matrix.weight
@@ -448,7 +454,10 @@ class Job:
             if matrix is not None
         }
         sets: dict[tuple[float, str], list[Target]] = {}
-        for target in self.targets(recipe):
+        targets = self.targets(recipe)
+        if relative:
+            self._weigh(targets)
+        for target in targets:
             at = recipe.at(target.name)
             text = at.fpp_granularity
             if text == "neuron" and target.name not in hidden:
@@ -509,11 +518,8 @@ class Job:
     @property
     def numbers(self) -> int:
         """How many the tensors of the checkpoint hold that methods could remove."""
-        names = (name for name in self.checkpoint.names if name in self.arrays)
-        sizes = (
-            self.arrays[n].size for n in names if tensors.is_weight_dtype(self.arrays[n].dtype)
-        )
-        return sum(sizes)
+        own = [self.arrays[n] for n in self.checkpoint.names if n not in self.checkpoint.tied]
+        return sum(array.size for array in own if tensors.is_weight_dtype(array.dtype))
 
     @property
     def folded_numbers(self) -> int:

@@ -22,11 +22,27 @@ from .fit import Gram, row_damage, sweep
 from .prune import Target
 from .schemas.layout import AttentionBlock, Layout, Matrix
 
-__all__ = ["SHARES", "Measured"]
+__all__ = ["SHARES", "Measured", "expected_use"]
 
 # shares of a matrix's weights at which its damage is measured, and to which it is interpolated
 _MEASURED_SHARES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SHARES = np.linspace(0, 1, 101)
+
+
+def expected_use(counts: Array) -> Array:
+    """How often each row of an embedding is expected to be used, as a share of all tokens, from the
+    counts of its use, (rows,).
+
+    Rows that the data did not use share the probability that Good and Turing give to the unseen:
+    the share of tokens that were seen once.
+    """
+    counts = counts.astype(np.float64)
+    unseen = counts == 0
+    mass = max(float((counts == 1).sum()), 1.0)
+    if unseen.any():
+        counts[unseen] = min(mass / float(unseen.sum()), 1.0)
+    share: Array = counts / counts.sum()
+    return share
 
 
 @dataclass
@@ -124,18 +140,10 @@ class Measured:
         return gram
 
     def row_use(self, name: str) -> Array | None:
-        """How often each row of an embedding is expected to be used, as a share of all tokens.
-
-        Rows that the data did not use share the probability that Good and Turing give to the
-        unseen: the share of tokens that were seen once.
-        """
+        """How often each row of an embedding is expected to be used, as a share of all tokens."""
         for layer in self._layers(name):
             if (counts := self.calibration.row_use(layer)) is not None:
-                unseen = counts == 0
-                mass = max(float((counts == 1).sum()), 1.0)
-                if unseen.any():
-                    counts[unseen] = min(mass / float(unseen.sum()), 1.0)
-                return counts / counts.sum()
+                return expected_use(counts)
         return None
 
     @property

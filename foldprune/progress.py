@@ -34,7 +34,7 @@ def bar(description: str = "compressing") -> Iterator[Update]:
 def _plain(description: str) -> Iterator[Update]:
     def update(done: int, total: int, name: str) -> None:
         of = f"/{total}" if total else ""
-        print(f"\r{description}: {done}{of}", end="", file=sys.stderr, flush=True)
+        print(f"\r{description}: {done}{of} {name:<60.60}", end="", file=sys.stderr, flush=True)
 
     try:
         yield update

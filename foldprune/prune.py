@@ -32,32 +32,40 @@ Scored = tuple[Array, float, Array | None]
 @dataclass
 class Target:
     """A matrix to prune, (out x in), contiguous. ``scale`` and ``col_scale`` weigh its scores (see
-    ``fp_scored``). ``transposed``: the tensor itself is (in x out)."""
+    ``fp_scored``), and so does ``row_scale`` for a matrix whose rows are looked up. ``transposed``:
+    the tensor itself is (in x out)."""
 
     name: str
     matrix: Array
     transposed: bool = False
     scale: float = 1.0
     col_scale: Array | None = None
+    row_scale: Array | None = None
 
     @property
     def scored(self) -> Scored:
-        return (self.matrix, self.scale, self.col_scale)
+        return (self.weighed(self.matrix), self.scale, self.col_scale)
+
+    def weighed(self, matrix: Array) -> Array:
+        """A matrix of the target's shape with its rows as they count."""
+        if self.row_scale is None:
+            return matrix
+        return np.ascontiguousarray(matrix * self.row_scale[:, None], np.float32)
 
 
 @dataclass
 class Pruned:
     """``error``: relative squared error of the output; without data, the removed scores squared
-    over all scores squared."""
+    over all scores squared; None if it is not known."""
 
     encoding: Encoding
-    error: float
+    error: float | None
     note: str = ""
 
 
 def energy(target: Target, threads: int) -> float:
-    """Squared norm of the matrix, its columns weighed by ``col_scale``."""
-    return _core.energy((target.matrix, 1.0, target.col_scale), threads)
+    """Squared norm of the matrix, its rows and columns as they count."""
+    return _core.energy((target.weighed(target.matrix), 1.0, target.col_scale), threads)
 
 
 def prune(
@@ -263,10 +271,10 @@ def encode(
 def _zeroing_error(target: Target, elements: Array, values: Array, threads: int) -> float:
     if values.size == target.matrix.size:
         return 0.0
-    if target.col_scale is None:
+    if target.col_scale is None and target.row_scale is None:
         kept = _core.energy((values, 1.0, None), threads)
     else:
         dense = _core.unpack(values, elements, target.matrix.shape, threads)
-        kept = _core.energy((dense, 1.0, target.col_scale), threads)
+        kept = _core.energy((target.weighed(dense), 1.0, target.col_scale), threads)
     total = energy(target, threads)
     return max(0.0, 1.0 - kept / total) if total > 0 else 0.0

@@ -216,7 +216,7 @@ def compress_unit(unit: Unit, plan: Plan, path: str, threads: int) -> dict[str, 
     job = _begin(unit, threads, plan)
     if plan.recipe is not None:
         job.fold_by_recipe(plan.recipe)
-        job.prune_by_recipe(plan.recipe)
+        job.prune_recipe(plan.recipe)
     else:
         _fold_to(job, plan)
         if BY_RATE in plan.cuts:

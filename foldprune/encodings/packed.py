@@ -43,6 +43,26 @@ class Packed:
     def numbers(self) -> int:
         return int(self.values.size)
 
+    @classmethod
+    def from_mask(
+        cls,
+        matrix: Array,
+        mask: Array,
+        block: tuple[int, int] = (1, 1),
+        transposed: bool = False,
+        threads: int = 1,
+    ) -> Packed:
+        """Of an (out x in) matrix and booleans of its shape, True where an element is kept; with a
+        bit per block where the mask consists of whole blocks."""
+        bits = np.packbits(mask.ravel(), bitorder="little")
+        values = _core.pack(np.ascontiguousarray(matrix), bits, threads)
+        shape = (mask.shape[0], mask.shape[1])
+        if block != (1, 1):
+            coarse = np.packbits(mask[:: block[0], :: block[1]].ravel(), bitorder="little")
+            if np.array_equal(_core.mask_blocks(coarse, *shape, *block, threads), bits):
+                return cls(shape, coarse, values, block, transposed)
+        return cls(shape, bits, values, (1, 1), transposed)
+
     def element_mask(self, threads: int = 1) -> Array:
         if self.block == (1, 1):
             return self.mask

@@ -5,17 +5,26 @@ from .calibrate import calibrate
 from .collect import to_compressed
 from .convert import convert
 from .modules import PackedEmbedding, PackedLinear
+from .recover import Recovery, recover
+from .refold import refold
 from .sequential import compress
 from .tensors import from_numpy, to_numpy
+from .training import FPP, Event, Schedule
 
 __all__ = [
+    "FPP",
+    "Event",
     "FoldedAttention",
     "PackedEmbedding",
     "PackedLinear",
+    "Recovery",
+    "Schedule",
     "calibrate",
     "compress",
     "convert",
     "from_numpy",
+    "recover",
+    "refold",
     "to_compressed",
     "to_numpy",
 ]

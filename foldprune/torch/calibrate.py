@@ -18,7 +18,17 @@ from ..errors import ModelError
 from ..options import Progress, reporter, resolve_threads
 from .batches import Batch, naming
 
-__all__ = ["Loss", "as_tokens", "calibrate", "check_batches", "prepared", "reading"]
+__all__ = [
+    "Loss",
+    "as_tokens",
+    "calibrate",
+    "check_batches",
+    "is_conv1d",
+    "is_embedding",
+    "is_linear",
+    "prepared",
+    "reading",
+]
 
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
 
@@ -150,15 +160,20 @@ def check_batches(batches: Any) -> None:
 # ---- the model ----------------------------------------------------------------------------------
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
-    """torch's Linear, or transformers' Conv1D with its (in x out) weight."""
+def is_linear(module: torch.nn.Module) -> bool:
+    """torch's Linear or transformers' Conv1D."""
+    return isinstance(module, torch.nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: torch.nn.Module) -> bool:
+    """transformers' Conv1D with its (in x out) weight."""
     weight = getattr(module, "weight", None)
-    return isinstance(module, torch.nn.Linear) or (
+    return (
         type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor) and weight.ndim == 2
     )
 
 
-def _is_embedding(module: torch.nn.Module) -> bool:
+def is_embedding(module: torch.nn.Module) -> bool:
     """An embedding called with ids. Subclasses with a forward of their own (learned positions with
     an offset) take something else."""
     return (
@@ -173,7 +188,7 @@ def _find_layers(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if _is_linear(module) or _is_embedding(module)
+        if is_linear(module) or is_embedding(module)
     }
     if not layers:
         raise ModelError(f"{type(model).__name__} has no linear layer or embedding to calibrate")
@@ -236,7 +251,7 @@ class _Collector:
         threads: int,
     ) -> None:
         self.model, self.calibration, self.threads = model, calibration, threads
-        self.linear = {name: module for name, module in layers.items() if _is_linear(module)}
+        self.linear = {name: module for name, module in layers.items() if is_linear(module)}
         self.embeddings = {name: m for name, m in layers.items() if name not in self.linear}
         self.sources: dict[str, str] = {}  # of layers that share their input
         self.generator = torch.Generator().manual_seed(0)  # of the random projections

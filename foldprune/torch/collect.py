@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .. import _core, encodings
+from .. import encodings
 from ..compressed import Compressed
 from ..encodings import Dense, Encoding
 from ..errors import ModelError
 from ..options import resolve_threads
 from ..packed import Packed
+from ..report import Report
 from .attention import FoldedAttention
 from .folded import FoldedHeads, FoldedValue
 from .modules import PackedEmbedding, PackedLinear
 from .tensors import to_numpy
 
-__all__ = ["ORIGIN", "Origin", "to_compressed"]
+__all__ = ["ORIGIN", "Origin", "resized", "to_compressed"]
 
 ORIGIN = "_foldprune_origin"  # the attribute of a converted model
 
@@ -52,7 +53,7 @@ class Origin:
     described: dict[str, dict[str, Any]]
     sources: dict[str, str]
     attention: dict[str, str]
-    report: Any
+    report: Report
     recipe: Any
     framework: str | None
 
@@ -72,26 +73,30 @@ class Origin:
                 array = to_numpy(name, state[self.sources[name]]).copy()
                 kept = described.get("kept")
                 out[name] = Dense(array, kept if described["kind"] == "dense" else None)
-        rows = [
-            dataclasses.replace(
-                row,
-                stored=out[row.name].numbers if row.numbers else 0,
-                stored_bytes=encodings.nbytes(out[row.name]),
-            )
-            if row.name in out
-            else row
-            for row in self.report.rows
-        ]
-        report = dataclasses.replace(self.report, rows=rows)
         return Compressed(
             list(self.names),
             out,
             dict(self.tied),
-            report,
+            resized(self.report, out),
             self.recipe,
             self.framework,
             threads=threads,
         )
+
+
+def resized(report: Report, stored: Mapping[str, Encoding]) -> Report:
+    """The report with the sizes of these encodings."""
+    rows = [
+        dataclasses.replace(
+            row,
+            stored=stored[row.name].numbers if row.numbers else 0,
+            stored_bytes=encodings.nbytes(stored[row.name]),
+        )
+        if row.name in stored
+        else row
+        for row in report.rows
+    ]
+    return dataclasses.replace(report, rows=rows)
 
 
 def _folded_encoding(model: nn.Module, attention: str, path: str, leaf: str) -> Encoding:
@@ -119,17 +124,6 @@ def _packed_encoding(
     transposed = bool(described.get("transposed", False))
     swapped = described.get("swapped", False)
     if swapped:
-        dense, mask = np.ascontiguousarray(dense.T), np.ascontiguousarray(mask.T)
-    matrix = (mask.shape[0], mask.shape[1])
-    bits = np.packbits(mask.ravel(), bitorder="little")
-    values = _core.pack(dense, bits, threads)
+        dense, mask = dense.T, mask.T
     rows, cols = described.get("block", (1, 1))
-    block = (int(rows), int(cols))
-    if block != (1, 1):
-        coarse = np.ascontiguousarray(mask[:: block[0], :: block[1]])
-        coarse_bits = np.packbits(coarse.ravel(), bitorder="little")
-        if np.array_equal(_core.mask_blocks(coarse_bits, *matrix, *block, threads), bits):
-            bits = coarse_bits
-        else:  # another mask has been loaded since
-            block = (1, 1)
-    return encodings.Packed(matrix, bits, values, block, transposed)
+    return encodings.Packed.from_mask(dense, mask, (int(rows), int(cols)), transposed, threads)

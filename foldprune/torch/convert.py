@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from .. import _core, encodings
 from ..compressed import Compressed
 from ..encodings import Dense, Diagonal, Encoding, Fused, Planes, Rows
 from ..errors import LoadedDenseWarning, ModelError, TensorError, TensorTypeError
+from ..options import resolve_threads
 from ..packed import Packed, pack, value_dtype
 from .attention import FoldedAttention
 from .collect import ORIGIN, Origin
@@ -22,7 +24,7 @@ from .folded import FoldedHeads, FoldedValue, NoRuntimeForm
 from .modules import PackedEmbedding, PackedLinear
 from .tensors import from_numpy, storage_key, to_numpy
 
-__all__ = ["convert"]
+__all__ = ["convert", "pack_more"]
 
 _FOLDED = (Rows, Planes, Diagonal)
 _PackedLayer = PackedLinear | PackedEmbedding
@@ -193,7 +195,7 @@ class _Plan:
             encoding = self.compressed.encodings[source]
             assert isinstance(encoding, encodings.Packed)
             try:
-                uses = [self._use(name, encoding, wanted) for name in names]
+                uses = [_use(self.modules, self.state, name, encoding, wanted) for name in names]
             except NoRuntimeForm as error:
                 self.dense_because[source] = str(error)
                 continue
@@ -206,35 +208,12 @@ class _Plan:
                     raise TensorError(f"{source!r}: has numbers beyond the range of {use.dtype}")
             self.uses[source] = uses
 
-    def _use(self, name: str, encoding: encodings.Packed, wanted: np.dtype[Any] | None) -> _Use:
-        path, _, leaf = name.rpartition(".")
-        module = self.modules[path]
-        if leaf != "weight":
-            raise NoRuntimeForm(f"{type(module).__name__} has no packed form for {leaf!r}")
-        linear = type(module) is nn.Linear
-        conv = type(module).__name__ == "Conv1D"
-        embedding = type(module) is nn.Embedding
-        if embedding and (
-            module.max_norm is not None or module.sparse or module.scale_grad_by_freq
-        ):
-            raise NoRuntimeForm("the embedding renormalises or has sparse gradients")
-        if not (linear or conv or embedding):
-            raise NoRuntimeForm(f"{type(module).__name__} has no packed form")
-        own = self.state[name].dtype
-        model_dtype = to_numpy(name, torch.empty(0, dtype=own)).dtype
-        if wanted is not None and (wanted == np.float64) != (model_dtype == np.float64):
-            raise TensorTypeError(
-                f"{name!r}: {wanted} values in a model of {model_dtype}: float64 goes with "
-                "float64 alone"
-            )
-        return _Use(path, module, encoding, conv != encoding.transposed, wanted or model_dtype)
-
     # ---- the change -----------------------------------------------------------------------------
 
     def apply(self) -> None:
         compressed, threads = self.compressed, self.compressed.threads
         for source, reason in self.dense_because.items():
-            warnings.warn(f"{source!r} is loaded dense: {reason}", LoadedDenseWarning, stacklevel=3)
+            _warn_dense(source, reason, 3)
         loaded: set[int] = set()
         with torch.no_grad():
             for name, tensor in self.state.items():
@@ -252,12 +231,7 @@ class _Plan:
         self.modules.clear()
         while self.uses:
             _, uses = self.uses.popitem()
-            made: dict[int, _PackedLayer] = {}  # by what the model ties
-            for use in uses:
-                key = use.weight.data_ptr()
-                new = self._packed_module(use, made.get(key), threads)
-                made.setdefault(key, new)
-                _set(self.model, use.path, new)
+            _swap_in(self.model, uses, threads)
         for path, fold in self.folded.items():
             _set(self.model, path, fold.build(self.model.get_submodule(path)))
         described = {
@@ -279,24 +253,97 @@ class _Plan:
         )
         setattr(self.model, ORIGIN, origin)
 
-    def _packed_module(self, use: _Use, tied: _PackedLayer | None, threads: int) -> _PackedLayer:
-        module = use.module
-        packed = _runtime(use, threads)
-        new: _PackedLayer
-        if isinstance(module, nn.Embedding):
-            own = use.weight.dtype
-            new = PackedEmbedding.from_packed(packed, module.padding_idx)
-            if new.scale is not None or new.values.dtype is not own:
-                new.out_dtype = own
-        else:
-            bias: Any = module.bias
-            new = PackedLinear.from_packed(packed, bias)
-        if new.values.is_floating_point():
-            new.values.requires_grad_(use.weight.requires_grad)
-        if tied is not None:
-            new.share(tied)
-        new.train(module.training)
-        return new
+
+def _use(
+    modules: Mapping[str, nn.Module],
+    state: Mapping[str, torch.Tensor],
+    name: str,
+    encoding: encodings.Packed,
+    wanted: np.dtype[Any] | None,
+) -> _Use:
+    """The module that is to hold a packed tensor. NoRuntimeForm if it cannot."""
+    path, _, leaf = name.rpartition(".")
+    module = modules[path]
+    if leaf != "weight":
+        raise NoRuntimeForm(f"{type(module).__name__} has no packed form for {leaf!r}")
+    linear = type(module) is nn.Linear
+    conv = type(module).__name__ == "Conv1D"
+    embedding = type(module) is nn.Embedding
+    if embedding and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
+        raise NoRuntimeForm("the embedding renormalises or has sparse gradients")
+    if not (linear or conv or embedding):
+        raise NoRuntimeForm(f"{type(module).__name__} has no packed form")
+    own = state[name].dtype
+    model_dtype = to_numpy(name, torch.empty(0, dtype=own)).dtype
+    if wanted is not None and (wanted == np.float64) != (model_dtype == np.float64):
+        raise TensorTypeError(
+            f"{name!r}: {wanted} values in a model of {model_dtype}: float64 goes with "
+            "float64 alone"
+        )
+    return _Use(path, module, encoding, conv != encoding.transposed, wanted or model_dtype)
+
+
+def _swap_in(model: nn.Module, uses: Sequence[_Use], threads: int) -> None:
+    """Packed layers in place of those that share one tensor."""
+    made: dict[int, _PackedLayer] = {}  # by what the model ties
+    for use in uses:
+        key = use.weight.data_ptr()
+        new = _packed_module(use, made.get(key), threads)
+        made.setdefault(key, new)
+        _set(model, use.path, new)
+
+
+def _packed_module(use: _Use, tied: _PackedLayer | None, threads: int) -> _PackedLayer:
+    module = use.module
+    packed = _runtime(use, threads)
+    new: _PackedLayer
+    if isinstance(module, nn.Embedding):
+        own = use.weight.dtype
+        new = PackedEmbedding.from_packed(packed, module.padding_idx)
+        if new.scale is not None or new.values.dtype is not own:
+            new.out_dtype = own
+    else:
+        bias: Any = module.bias
+        new = PackedLinear.from_packed(packed, bias)
+    if new.values.is_floating_point():
+        new.values.requires_grad_(use.weight.requires_grad)
+    if tied is not None:
+        new.share(tied)
+    new.train(module.training)
+    return new
+
+
+def pack_more(model: nn.Module, packed: Mapping[str, encodings.Packed], method: str) -> None:
+    """Packs dense matrices of a model that was converted before, in place.
+
+    ``packed``: by their names in the checkpoint that the model was converted with. ``method``: what
+    the report says of them from now on. A matrix whose module has no packed form stays dense, with
+    a LoadedDenseWarning.
+    """
+    origin = getattr(model, ORIGIN)
+    assert isinstance(origin, Origin)
+    state = model.state_dict(keep_vars=True)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, encoding in packed.items():
+        key = storage_key(state[origin.sources[name]])
+        names = [n for n, tensor in state.items() if storage_key(tensor) == key]
+        try:
+            uses = [_use(modules, state, n, encoding, None) for n in names]
+        except NoRuntimeForm as error:
+            _warn_dense(name, str(error), 3)
+            continue
+        _swap_in(model, uses, resolve_threads(None))
+        origin.described[name] = {**encodings.describe(encoding), "swapped": uses[0].swapped}
+    rows = [
+        dataclasses.replace(row, method=method) if row.name in packed else row
+        for row in origin.report.rows
+    ]
+    origin.report = dataclasses.replace(origin.report, rows=rows)
+
+
+def _warn_dense(name: str, reason: str, level: int) -> None:
+    message = f"{name!r} is loaded dense: {reason}"
+    warnings.warn(message, LoadedDenseWarning, stacklevel=level + 1)
 
 
 _PACKED = (PackedLinear, PackedEmbedding)

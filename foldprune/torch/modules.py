@@ -15,7 +15,7 @@ from ..packed import Packed, pack
 from .ops import core_of, from_core, packed_embedding, packed_linear
 from .tensors import from_numpy, to_numpy
 
-__all__ = ["PackedEmbedding", "PackedLinear"]
+__all__ = ["PackedEmbedding", "PackedLinear", "pack_tensor"]
 
 _autocast = torch.is_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
@@ -198,7 +198,8 @@ class _PackedModule(nn.Module):
                 raise ModuleError(f"packed matrices run on the CPU: the {what} is on {device}")
 
 
-def _packed(weight: Any, mask: Any, dtype: Any, transposed: bool = False) -> Packed:
+def pack_tensor(weight: Any, mask: Any, dtype: Any, transposed: bool = False) -> Packed:
+    """``foldprune.pack`` of torch tensors; of a (in x out) one with ``transposed``."""
     if not isinstance(weight, torch.Tensor):
         raise TensorTypeError(f"weight: expected a torch tensor, got {type(weight).__name__}")
     array = to_numpy("weight", weight)
@@ -246,7 +247,7 @@ class PackedLinear(_PackedModule):
         dense = nn.Linear(in_features, out_features, bias=False)
         if mask is None:
             mask = torch.ones(out_features, in_features, dtype=torch.bool)
-        super().__init__(_packed(dense.weight, mask, dtype))
+        super().__init__(pack_tensor(dense.weight, mask, dtype))
         zeros = torch.zeros(out_features)
         if self.values.is_floating_point():
             zeros = zeros.to(self.values.dtype)
@@ -292,7 +293,7 @@ class PackedLinear(_PackedModule):
             transposed = type(weight).__name__ == "Conv1D"
             bias = getattr(weight, "bias", None)
             weight = weight.weight
-        packed = _packed(weight, mask, dtype, transposed)
+        packed = pack_tensor(weight, mask, dtype, transposed)
         return cls.from_packed(packed, None if bias is None else bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -357,7 +358,7 @@ class PackedEmbedding(_PackedModule):
         dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx)
         if mask is None:
             mask = torch.ones(num_embeddings, embedding_dim, dtype=torch.bool)
-        super().__init__(_packed(dense.weight, mask, dtype))
+        super().__init__(pack_tensor(dense.weight, mask, dtype))
         self.padding_idx = dense.padding_idx
         self.out_dtype: torch.dtype | None = None
 
@@ -397,7 +398,7 @@ class PackedEmbedding(_PackedModule):
         padding_idx = None
         if isinstance(weight, nn.Embedding):
             padding_idx, weight = weight.padding_idx, weight.weight
-        return cls.from_packed(_packed(weight, mask, dtype), padding_idx)
+        return cls.from_packed(pack_tensor(weight, mask, dtype), padding_idx)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         self._check_device(ids)

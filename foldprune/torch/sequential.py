@@ -26,7 +26,7 @@ from .batches import Batch, naming
 from .calibrate import Loss, as_tokens, calibrate, check_batches, prepared, reading
 from .tensors import from_numpy
 
-__all__ = ["compress"]
+__all__ = ["compress", "without_cache"]
 
 
 def compress(
@@ -218,7 +218,7 @@ class _Runner:
         self.names = [block.name for block in job.layout.attentions]
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[_Call]] = []  # by batch, then block; or one for all blocks
-        with _without_cache(model):
+        with without_cache(model):
             changed = self._changed()
             for batch in batches:
                 self._capture(batch, changed)
@@ -286,7 +286,7 @@ class _Runner:
         job, calibration = self.job, gradients.without_moments()
         layers = {layer: self.model.get_submodule(layer) for layer in map(layer_name, names)}
         changed = self._changed()
-        with _without_cache(self.model):
+        with without_cache(self.model):
             for batch in self.batches:
                 count = partial(self._count, calibration, batch)
                 with reading(layers, count), naming(batch.index):
@@ -368,7 +368,7 @@ def _split(
 
 
 @contextmanager
-def _without_cache(model: torch.nn.Module) -> Iterator[None]:
+def without_cache(model: torch.nn.Module) -> Iterator[None]:
     """No key-value cache, which would grow each time a block runs."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     using = [c for c in configs.values() if getattr(c, "use_cache", False)]

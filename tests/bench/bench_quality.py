@@ -13,8 +13,6 @@ tests/bench/models.py names.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -30,6 +28,9 @@ import torch
 import foldprune
 import foldprune.torch
 from foldprune import Calibration, Recipe, Report, _core
+from foldprune.eval.baselines import prune as prune_others
+from foldprune.eval.baselines import sparsegpt_factor, sparsegpt_sweep
+from foldprune.eval.runlog import RunLog
 from foldprune.fit import SEARCH_DAMPING, Gram
 from foldprune.recipe import GROUPS
 
@@ -60,33 +61,17 @@ def line(*cells: object) -> None:
     print("  " + first.ljust(34) + "".join(c.rjust(16) for c in rest), flush=True)
 
 
-class Log:
+class Log(RunLog):
     """Results of finished configurations, kept in a file if there is one."""
-
-    def __init__(self, path: str | None) -> None:
-        self.path = path
-        self.results: dict[str, Result] = {}
-        if path is not None and os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                for text in file:
-                    entry = json.loads(text)
-                    self.results[self._key(entry["config"])] = entry["result"]
-
-    @staticmethod
-    def _key(config: Result) -> str:
-        return json.dumps(config, sort_keys=True)
 
     def get(self, config: Result, compute: Callable[[Progress], Result]) -> Result:
         """The result of a configuration, computed if it is not known yet."""
-        key = self._key(config)
-        if key not in self.results:
+        found = self.find(config)
+        if found is None:
             label = " ".join(f"{name}={value}" for name, value in config.items())
-            self.results[key] = compute(stage(label))
-            if self.path is not None:
-                entry = {"config": config, "result": self.results[key]}
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-        return self.results[key]
+            found = compute(stage(label))
+            self.add(config, found)
+        return found
 
 
 def stage(label: str) -> Progress:
@@ -229,15 +214,11 @@ def prune(bench: Bench, method: str, rate: float, progress: Progress) -> None:
     """Leaves the language model pruned by one of METHODS."""
     lm = bench.language_model
     uniform = [rate] * len(lm.model.model.layers)
-    if method == "magnitude":
-        baselines.prune_magnitude(lm.model, rate)
-    elif method == "wanda":
-        baselines.prune_wanda(lm.model, lm.batches, uniform, progress)
-    elif method == "sparsegpt":
-        baselines.prune_sparsegpt(lm.model, lm.batches, uniform, progress)
-    elif method == "owl":
-        rates = baselines.owl_rates(owl_outliers(bench), rate)
-        baselines.prune_sparsegpt(lm.model, lm.batches, rates, progress)
+    if method in ("magnitude", "wanda", "sparsegpt", "owl"):
+        rates = baselines.owl_rates(owl_outliers(bench), rate) if method == "owl" else uniform
+        named = baselines.block_rates(lm.model, rates)
+        published = "sparsegpt" if method == "owl" else method
+        prune_others(lm.model, published, named, lm.batches, progress=progress)
     elif method == "uniform":
         lm.compressed(progress, recipe=block_recipe(rate))
     elif method == "owl-spread":
@@ -327,9 +308,9 @@ def timed(bench: Bench, progress: Progress) -> Result:
             hessian = torch.from_numpy(second).float()
             for layer in layers:
                 clock = Clock()
-                factor = baselines.sparsegpt_factor(hessian)
+                factor = sparsegpt_factor(hessian)
                 theirs["factor"] += clock.lap()
-                baselines.sparsegpt_sweep(layer.weight.clone(), factor, TIMED_RATE)
+                sparsegpt_sweep(layer.weight.clone(), factor, TIMED_RATE)
                 theirs["sweep"] += clock.lap()
             for run in range(TIMED_RUNS):
                 clock = Clock()
