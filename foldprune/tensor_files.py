@@ -190,10 +190,13 @@ def write_safetensors(
     with open(path, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
-        for spec, array in zip(specs.values(), arrays, strict=True):
+        made = iter(arrays)
+        for spec in specs.values():
+            array = next(made)
             if (array.shape, array.dtype) != (spec.shape, spec.dtype):
                 raise ValueError(f"{array.dtype}{array.shape} is not {spec.dtype}{spec.shape}")
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before the next one is made
 
 
 def _check_regular(path: str) -> None:
