@@ -12,6 +12,7 @@ import scipy_openblas32 as _openblas  # noqa: F401  (loads the library that _cor
 from . import schemas
 from .api import compress
 from .calibration import Calibration, Moments
+from .checkpoints import compress_checkpoint, decompress_checkpoint
 from .compressed import Compressed
 from .container import load
 from .errors import (
@@ -61,6 +62,8 @@ __all__ = [
     "UnmatchedTensorWarning",
     "Verification",
     "compress",
+    "compress_checkpoint",
+    "decompress_checkpoint",
     "folded_attention",
     "load",
     "pack",

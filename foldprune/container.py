@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (dtype names such as "bfloat16")
@@ -24,51 +26,44 @@ from safetensors.numpy import save_file
 
 from .compressed import Compressed
 from .encodings import Array, Encoding, describe, restore
-from .errors import FormatError
-from .files import read_safetensors
+from .errors import FoldpruneError, FormatError
+from .files import read_json
 from .options import resolve_threads
 from .recipe import Recipe
 from .report import Report
+from .tensor_files import SafetensorsFile, is_stored_dtype, stand_in
 
-__all__ = ["VERSION", "load", "save", "write_atomically"]
+__all__ = [
+    "INDEX",
+    "VERSION",
+    "check_distinct",
+    "crc",
+    "flatten",
+    "load",
+    "make_metadata",
+    "open_header",
+    "part_name",
+    "read_tensor",
+    "remove_leftovers",
+    "save",
+    "shard_name",
+    "tensor_spec",
+    "write_atomically",
+    "write_index",
+    "write_json",
+]
 
 VERSION = 1
 INDEX = "foldprune.safetensors.index.json"
 _SEPARATOR = "::"
+_MOST_DIMENSIONS = 32  # of any NumPy's
 
 
 def save(compressed: Compressed, path: str, max_shard_bytes: int | None = None) -> None:
     """See ``Compressed.save``."""
-    parts: dict[str, Array] = {}
-    described = []
-    for name, encoding in compressed.encodings.items():
-        own = {_part_name(name, part): array for part, array in encoding.parts().items()}
-        if clash := set(own) & {*parts, "__metadata__"}:
-            raise FormatError(
-                f"the names {sorted(clash)} cannot be told apart in a file; rename them"
-            )
-        parts |= {name: np.asarray(array, order="C") for name, array in own.items()}
-        described.append(
-            {
-                "name": name,
-                "shape": list(encoding.shape),
-                "dtype": encoding.dtype.name,
-                "encoding": describe(encoding),
-                "parts": list(encoding.parts()),
-            }
-        )
-    header = {
-        "version": VERSION,
-        "framework": compressed.framework,
-        "names": list(compressed),
-        "tensors": described,
-        "tied": dict(compressed.tied),
-        "recipe": compressed.recipe.to_dict(),
-        "report": compressed.report.to_dict(),
-        "crc32": {name: _crc(array) for name, array in parts.items()},
-    }
-    text = json.dumps(header, separators=(",", ":"))
-    metadata = {"foldprune": text, "foldprune_crc32": str(zlib.crc32(text.encode()))}
+    parts, described = flatten(compressed.encodings)
+    crc32 = {name: crc(array) for name, array in parts.items()}
+    metadata = make_metadata(compressed, described, crc32)
     if max_shard_bytes is None:
         if os.path.isdir(path):
             raise IsADirectoryError(
@@ -79,78 +74,170 @@ def save(compressed: Compressed, path: str, max_shard_bytes: int | None = None) 
         _save_shards(parts, metadata, path, max_shard_bytes)
 
 
+def flatten(encodings: Mapping[str, Encoding]) -> tuple[dict[str, Array], list[dict[str, Any]]]:
+    """Every part under the name that it has in a file, and what the header says of every
+    tensor."""
+    parts: dict[str, Array] = {}
+    described = []
+    for name, encoding in encodings.items():
+        own = {part_name(name, part): array for part, array in encoding.parts().items()}
+        check_distinct(parts, own)
+        parts |= {name: np.asarray(array, order="C") for name, array in own.items()}
+        described.append(
+            {
+                "name": name,
+                "shape": list(encoding.shape),
+                "dtype": encoding.dtype.name,
+                "encoding": describe(encoding),
+                "parts": list(encoding.parts()),
+            }
+        )
+    return parts, described
+
+
+def check_distinct(names: Iterable[str], more: Iterable[str]) -> None:
+    """FormatError if a name is in both, or is the format's own."""
+    if clash := set(more) & {*names, "__metadata__"}:
+        raise FormatError(f"the names {sorted(clash)} cannot be told apart in a file; rename them")
+
+
+def make_metadata(
+    compressed: Compressed, described: list[dict[str, Any]], crc32: dict[str, int]
+) -> dict[str, str]:
+    """The header and its checksum. Of ``compressed`` everything but the encodings is used."""
+    header = {
+        "version": VERSION,
+        "framework": compressed.framework,
+        "names": list(compressed),
+        "tensors": described,
+        "tied": dict(compressed.tied),
+        "recipe": compressed.recipe.to_dict(),
+        "report": compressed.report.to_dict(),
+        "crc32": crc32,
+    }
+    text = json.dumps(header, separators=(",", ":"))
+    return {"foldprune": text, "foldprune_crc32": str(zlib.crc32(text.encode()))}
+
+
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Compressed:
     """Opens what ``Compressed.save`` wrote: a file, a folder of shards, or its index.
 
     Tensors stay packed in memory and are unpacked when read. Raises FormatError (a ValueError) if
     the file is damaged, truncated or of a newer version, OSError if it cannot be read.
     """
+    header, files = open_header(path)
+    with _malformed(path):
+        encodings = {
+            tensor["name"]: read_tensor(tensor, files, header["crc32"])
+            for tensor in header["tensors"]
+        }
+        return Compressed(
+            list(header["names"]),
+            encodings,
+            dict(header["tied"]),
+            Report.from_dict(header["report"]),
+            Recipe.from_dict(header["recipe"]),
+            header["framework"],
+            threads=resolve_threads(threads),
+        )
+
+
+def open_header(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, SafetensorsFile]]:
+    """The header of what ``load`` opens, and the file that each part is in, of which nothing has
+    been read. Raises as ``load`` does."""
     path = os.fspath(path)
     if os.path.isdir(path):
         path = os.path.join(path, INDEX)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
     if path.endswith(".index.json"):
-        parts, metadata = _read_shards(path)
+        files, metadata = _open_shards(path)
     else:
-        parts, metadata = read_safetensors(path)
+        file = SafetensorsFile(path)
+        files, metadata = dict.fromkeys(file.specs, file), file.metadata
     text = metadata.get("foldprune")
-    if text is None:
+    if not isinstance(text, str):
         raise FormatError(
             f"{path} is not a foldprune file; a dense checkpoint goes to foldprune.compress"
         )
     if str(zlib.crc32(text.encode())) != metadata.get("foldprune_crc32"):
         raise FormatError(f"{path}: the header is damaged (its checksum does not fit)")
+    with _malformed(path):
+        header: dict[str, Any] = json.loads(text)
+        _check_header(header, files)
+    return header, files
+
+
+@contextmanager
+def _malformed(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever a header of the wrong shape makes Python raise is a FormatError."""
     try:
-        return _decode(json.loads(text), parts, resolve_threads(threads))
+        yield
     except FormatError as error:
-        raise FormatError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"{path}: the header is malformed: {error!r}") from None
+        raise FormatError(f"{os.fspath(path)}: {error}") from None
+    except (
+        KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
+        raise FormatError(f"{os.fspath(path)}: the header is malformed: {error!r}") from None
 
 
-def _decode(header: Mapping[str, Any], parts: dict[str, Array], threads: int) -> Compressed:
+def _check_header(header: Mapping[str, Any], files: Mapping[str, SafetensorsFile]) -> None:
     if header["version"] != VERSION:
         raise FormatError(
             f"format version {header['version']}, this foldprune reads {VERSION}: install a newer "
             "one"
         )
-    if set(header["crc32"]) != set(parts):
-        odd = sorted(set(header["crc32"]) ^ set(parts))
+    if set(header["crc32"]) != set(files):
+        odd = sorted(set(header["crc32"]) ^ set(files))
         raise FormatError(f"parts that the header and the file disagree on: {odd[:5]}")
-    for name, array in parts.items():
-        if _crc(array) != header["crc32"][name]:
-            raise FormatError(f"{name!r} is damaged (its checksum does not fit)")
-    encodings: dict[str, Encoding] = {}
-    for tensor in header["tensors"]:
-        name = tensor["name"]
-        own = {part: parts[_part_name(name, part)] for part in tensor["parts"]}
-        shape = tuple(int(size) for size in tensor["shape"])
-        if any(size < 0 for size in shape) or math.prod(shape) > 1 << 48:
-            raise FormatError(f"{name!r}: impossible shape {shape}")
-        try:
-            encodings[name] = restore(shape, np.dtype(tensor["dtype"]), tensor["encoding"], own)
-        except FormatError as error:
-            raise FormatError(f"{name!r}: {error}") from None
-    tied, names = dict(header["tied"]), list(header["names"])
-    if sorted(names) != sorted([*encodings, *tied]) or not set(tied.values()) <= set(encodings):
+    if header["framework"] not in (None, "torch", "numpy"):
+        raise FormatError(f"unknown framework {header['framework']!r}")
+    stored = [tensor["name"] for tensor in header["tensors"]]
+    used = [part_name(t["name"], part) for t in header["tensors"] for part in t["parts"]]
+    if sorted(used) != sorted(files):
+        raise FormatError("the tensors do not use every part once")
+    tied = header["tied"]
+    if sorted(header["names"]) != sorted([*stored, *tied]) or not set(tied.values()) <= set(stored):
         raise FormatError("the list of names does not fit the tensors")
-    return Compressed(
-        names,
-        encodings,
-        tied,
-        Report.from_dict(header["report"]),
-        Recipe.from_dict(header["recipe"]),
-        header["framework"],
-        threads=threads,
-    )
 
 
-def _part_name(name: str, part: str) -> str:
+def tensor_spec(tensor: Mapping[str, Any]) -> Array:
+    """A stand-in for a tensor as the header describes it. FormatError if there can be none."""
+    shape, dtype = tensor["shape"], np.dtype(tensor["dtype"])
+    sound = len(shape) <= _MOST_DIMENSIONS and all(type(size) is int for size in shape)
+    if not sound or any(size < 0 for size in shape) or math.prod(shape) > 1 << 48:
+        raise FormatError(f"{tensor['name']!r}: impossible shape {shape}"[:200])
+    if not is_stored_dtype(dtype):
+        raise FormatError(f"{tensor['name']!r}: a file cannot hold {dtype}")
+    return stand_in(shape, dtype)
+
+
+def read_tensor(
+    tensor: Mapping[str, Any], files: Mapping[str, SafetensorsFile], crc32: Mapping[str, int]
+) -> Encoding:
+    """One tensor as the header describes it. FormatError if its parts are damaged or contradict
+    that."""
+    name = tensor["name"]
+    parts = {}
+    for part in tensor["parts"]:
+        full = part_name(name, part)
+        parts[part] = files[full].read(full)
+        if crc(parts[part]) != crc32[full]:
+            raise FormatError(f"{full!r} is damaged (its checksum does not fit)")
+    spec = tensor_spec(tensor)
+    try:
+        return restore(spec.shape, spec.dtype, tensor["encoding"], parts)
+    except FormatError as error:
+        raise FormatError(f"{name!r}: {error}") from None
+
+
+def part_name(name: str, part: str) -> str:
     return f"{name}{_SEPARATOR}{part}" if part else name
 
 
-def _crc(array: Array) -> int:
+def crc(array: Array) -> int:
     """CRC-32 of shape, dtype and bytes, so that a header that lies about the first two is found
     out."""
     start = zlib.crc32(f"{array.dtype.name}{list(array.shape)}".encode())
@@ -170,7 +257,7 @@ def write_atomically(path: str, write: Any) -> None:
             mode = os.fstat(stream.fileno()).st_mode & 0o777
         try:
             write(temporary)
-        except OSError:
+        except (OSError, FoldpruneError):
             raise
         except Exception as error:  # safetensors has its own kind for failed writes
             raise OSError(f"{path}: could not be written: {error}") from error
@@ -182,6 +269,13 @@ def write_atomically(path: str, write: Any) -> None:
             os.unlink(temporary)
         raise
     _sync(folder)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Removes what ``write_atomically`` left in a folder when its process was killed."""
+    for name in os.listdir(folder):
+        if re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", name):
+            os.unlink(os.path.join(folder, name))
 
 
 def _sync(path: str) -> None:
@@ -210,30 +304,41 @@ def _save_shards(
         size += array.nbytes
     token = secrets.token_hex(4)
     weight_map: dict[str, str] = {}
-    index = os.path.join(folder, INDEX)
-    old = _shards_of(index)
-    for i, shard in enumerate(shards, 1):
-        file = f"foldprune-{token}-{i:05}-of-{len(shards):05}.safetensors"
+    for i, shard in enumerate(shards):
+        file = shard_name(token, i, len(shards))
         write_atomically(
             os.path.join(folder, file), lambda temporary, shard=shard: save_file(shard, temporary)
         )
         weight_map |= dict.fromkeys(shard, file)
+    write_index(folder, metadata, weight_map)
 
-    def write_index(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump({"metadata": metadata, "weight_map": weight_map}, stream)
 
-    write_atomically(index, write_index)
+def shard_name(token: str, number: int, count: int) -> str:
+    return f"foldprune-{token}-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def write_index(folder: str, metadata: dict[str, str], weight_map: dict[str, str]) -> None:
+    """Puts the folder's shards in place of those that it had, which are removed."""
+    index = os.path.join(folder, INDEX)
+    old = _shards_of(index)
+    write_json(index, {"metadata": metadata, "weight_map": weight_map})
     for file in old - set(weight_map.values()):
         if os.path.exists(stale := os.path.join(folder, file)):
             os.unlink(stale)
 
 
+def write_json(path: str, values: Any) -> None:
+    def write(temporary: str) -> None:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            json.dump(values, stream)
+
+    write_atomically(path, write)
+
+
 def _shards_of(index: str) -> set[str]:
     """Names of our own shards in an existing index, so that nothing else is ever removed."""
     try:
-        with open(index, encoding="utf-8") as stream:
-            files = set(json.load(stream)["weight_map"].values())
+        files = set(read_json(index)["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return set()
     return {
@@ -245,18 +350,19 @@ def _shards_of(index: str) -> set[str]:
     }
 
 
-def _read_shards(path: str) -> tuple[dict[str, Array], dict[str, str]]:
+def _open_shards(path: str) -> tuple[dict[str, SafetensorsFile], dict[str, str]]:
     try:
-        with open(path, encoding="utf-8") as stream:
-            index = json.load(stream)
+        index = read_json(path)
         weight_map: dict[str, str] = dict(index["weight_map"])
         metadata: dict[str, str] = dict(index["metadata"])
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path}: not an index of foldprune: {error!r}") from None
-    parts: dict[str, Array] = {}
-    for file in dict.fromkeys(weight_map.values()):
+    opened: dict[str, SafetensorsFile] = {}
+    for file in weight_map.values():
         if not isinstance(file, str) or os.path.basename(file) != file:
             raise FormatError(f"{path}: shard {file!r} is not a plain file name")
-        arrays, _ = read_safetensors(os.path.join(os.path.dirname(path), file))
-        parts |= {name: array for name, array in arrays.items() if weight_map.get(name) == file}
-    return parts, metadata
+        if file not in opened:
+            opened[file] = SafetensorsFile(os.path.join(os.path.dirname(path), file))
+    return {
+        name: opened[file] for name, file in weight_map.items() if name in opened[file].specs
+    }, metadata

@@ -28,7 +28,17 @@ from .errors import (
     UnmatchedTensorWarning,
 )
 from .options import Progress, resolve_config
-from .prune import Pruned, Target, energy, prune, prune_below, prune_neurons
+from .prune import (
+    Cut,
+    Pruned,
+    Target,
+    energy,
+    histogram,
+    prune,
+    prune_below,
+    prune_cut,
+    prune_neurons,
+)
 from .recipe import Granularity, Recipe
 from .report import Report, Row
 from .schemas.layout import (
@@ -41,7 +51,7 @@ from .schemas.layout import (
 )
 from .spread import Option, choose, fill
 
-__all__ = ["Job"]
+__all__ = ["Job", "head_facts", "residual_terms", "settle_layout", "settled_recipe"]
 
 
 @dataclass
@@ -52,6 +62,63 @@ class _Result:
     method: str
     error: float | None = None
     note: str = ""
+
+
+def head_facts(layout: Layout) -> dict[str, Any]:
+    """What the report says of the heads."""
+    blocks = [block for block in layout.attentions if block.heads]
+    if not blocks:
+        return {}
+    first = blocks[0]
+    facts = {
+        "heads": first.heads,
+        "key_heads": first.groups,
+        "head_dim": first.head_dim,
+        "source": layout.head_source,
+    }
+    if any(block.heads != first.heads for block in blocks):
+        facts["by_block"] = {block.name: block.heads for block in blocks}
+    return facts
+
+
+def settled_recipe(options: Sequence[Option], pruned: int, weights: int) -> Recipe:
+    """The nearest recipe with uniform fields to what a rate has settled on."""
+    folds = any(option.ranks is not None for option in options)
+    return Recipe(
+        fpp=pruned / weights if 0 < pruned < weights else None,
+        irc="lossless" if folds else None,
+        dwc="lossless" if folds else None,
+    )
+
+
+def settle_layout(
+    checkpoint: tensors.Checkpoint, recipe: Recipe | None, config: Any, num_heads: int | None
+) -> Layout:
+    """What the tensors are. Only their shapes and dtypes are looked at. ModelError or TensorError
+    for a model that cannot be folded, if it is to be."""
+    settled = resolve_config(config)
+    settled = checkpoint.config if settled is None else settled
+    arrays = checkpoint.arrays
+    folds = recipe is None or recipe.folds
+    try:
+        layout = find_layout(
+            arrays, schemas.known(), settled, num_heads, need_heads=folds, tied=checkpoint.tied
+        )
+    except (ModelError, TensorError) as error:
+        if folds:
+            raise
+        layout = generic_layout(arrays)
+        layout.notes.append(f"no schema was used because: {error}")
+        warnings.warn("; ".join(layout.notes), UnmatchedTensorWarning, stacklevel=4)
+    if recipe is not None:
+        recipe.check_overrides(checkpoint.names)
+    return layout
+
+
+def residual_terms(layout: Layout) -> int:
+    """How many add up to the last hidden state: the embedding, and an attention and a feed-forward
+    layer of every block."""
+    return 2 * len(layout.attentions) + 1
 
 
 @dataclass
@@ -78,6 +145,9 @@ class Job:
     refused: list[str] = field(default_factory=list)
     done: int = 0
     passes: int = 1  # over all tensors
+    # thresholds that were found for more matrices than are here, by rate and granularity
+    cuts: Mapping[tuple[float, str], Cut] = field(default_factory=dict)
+    terms: int = 0  # what adds up to the model's last hidden state, see _weigh
 
     @classmethod
     def begin(
@@ -90,28 +160,8 @@ class Job:
         threads: int,
     ) -> Job:
         checkpoint = tensors.read(source)
-        settled = resolve_config(config)
-        settled = checkpoint.config if settled is None else settled
-        arrays = checkpoint.arrays
-        folds = recipe is None or recipe.folds
-        try:
-            layout = find_layout(
-                arrays,
-                schemas.known(),
-                settled,
-                num_heads,
-                need_heads=folds,
-                tied=checkpoint.tied,
-            )
-        except (ModelError, TensorError) as error:
-            if folds:
-                raise
-            layout = generic_layout(arrays)
-            layout.notes.append(f"no schema was used because: {error}")
-            warnings.warn("; ".join(layout.notes), UnmatchedTensorWarning, stacklevel=3)
-        if recipe is not None:
-            recipe.check_overrides(checkpoint.names)
-        job = cls(checkpoint, layout, progress, threads)
+        layout = settle_layout(checkpoint, recipe, config, num_heads)
+        job = cls(checkpoint, layout, progress, threads, terms=residual_terms(layout))
         job.notes = [*checkpoint.notes, *layout.notes]
         job.check_tensors()
         return job
@@ -131,8 +181,8 @@ class Job:
 
     def check_tensors(self) -> None:
         """Everything that will be read is sound, before anything is computed."""
+        self.check_dtypes()
         for name, array in self.arrays.items():
-            group = self.layout.groups[name]
             if tensors.is_weight_dtype(array.dtype):
                 contiguous = np.ascontiguousarray(array)
                 if not _core.all_finite(contiguous, self.threads):
@@ -141,13 +191,18 @@ class Job:
                         "compressed. Find the step that broke it, or replace the values "
                         "(numpy.nan_to_num)"
                     )
-            elif group != "other" and not tensors.is_extension_float(array.dtype):
+
+    def check_dtypes(self) -> None:
+        for name, array in self.arrays.items():
+            if tensors.is_weight_dtype(array.dtype):
+                continue
+            if tensors.is_extension_float(array.dtype):
+                self.notes.append(f"{name}: {array.dtype} passes through untouched")
+            elif self.layout.groups[name] != "other":
                 raise TensorTypeError(
                     f"{name!r}: {array.dtype} weights are not supported; convert them to float32, "
                     "float16 or bfloat16 (quantised checkpoints: dequantise first)"
                 )
-            elif group != "other":
-                self.notes.append(f"{name}: {array.dtype} passes through untouched")
 
     # ---- folds ----------------------------------------------------------------------------------
 
@@ -339,6 +394,11 @@ class Job:
     # ---- the two ways in ------------------------------------------------------------------------
 
     def run_recipe(self, recipe: Recipe) -> None:
+        self.fold_by_recipe(recipe)
+        self.warn_refused()
+        self.prune_recipe(recipe)
+
+    def fold_by_recipe(self, recipe: Recipe) -> None:
         for block in self.layout.attentions:
             if not block.heads:
                 continue
@@ -348,8 +408,6 @@ class Job:
                 self.fold_value(block, *dwc)
             self.assemble_folds(block)
             self.progress(self.done, self.total, block.name)
-        self.warn_refused()
-        self.prune_recipe(recipe)
 
     def irc_of(self, block: AttentionBlock, recipe: Recipe) -> tuple[int | None, str] | None:
         """What ``fold_query_key`` is to do by the recipe: rank (None: lossless) and description."""
@@ -375,45 +433,56 @@ class Job:
     def prune_recipe(self, recipe: Recipe, relative: bool = False) -> None:
         """FPP of the recipe's ``fpp_on``. ``relative``: what competes are shares of each matrix's
         own output, not the numbers themselves."""
-        targets = self.targets(recipe)
-        if relative:
-            self._weigh(targets)
-        # targets that share rate and granularity compete together
-        sets: dict[tuple[float, str], list[Target]] = {}
-        for target in targets:
-            at = recipe.at(target.name)
-            sets.setdefault((float(at.fpp or 0), at.fpp_granularity), []).append(target)
-        for (rate, text), targets in sets.items():
+        for (rate, text), targets in self.competitors(recipe, relative).items():
             granularity = Granularity.parse(text)
             if granularity.kind == "neuron":
-                targets = self._prune_neurons(targets, rate)
-                rows = [t for t in targets if self.layout.groups[t.name] == "embedding"]
-                targets = [t for t in targets if self.layout.groups[t.name] != "embedding"]
-                row_wise = prune(rows, rate, Granularity("row"), "tensor", self.threads, self._step)
-                self.keep_pruned(row_wise, "row")
-                granularity, text = Granularity("weight"), "weight"
-            if targets:
+                self._prune_neurons(targets, rate)
+                continue
+            cut = self.cuts.get((rate, text))
+            if cut is not None:
+                pruned = prune_cut(targets, cut, granularity, self.threads, self._step)
+            else:
                 pruned = prune(
                     targets, rate, granularity, recipe.fpp_scope, self.threads, self._step
                 )
-                self.keep_pruned(pruned, text)
+            self.keep_pruned(pruned, text)
 
-    def _prune_neurons(self, targets: list[Target], rate: float) -> list[Target]:
-        """Prunes hidden units; returns the targets that are in no feed-forward layer."""
+    def competitors(
+        self, recipe: Recipe, relative: bool = False
+    ) -> dict[tuple[float, str], list[Target]]:
+        """What is to be pruned, by rate and granularity: those that share both compete."""
+        hidden = {
+            matrix.weight
+            for block in self.layout.feed_forwards
+            for matrix in (block.up, block.down, block.gate)
+            if matrix is not None
+        }
+        sets: dict[tuple[float, str], list[Target]] = {}
+        targets = self.targets(recipe)
+        if relative:
+            self._weigh(targets)
+        for target in targets:
+            at = recipe.at(target.name)
+            text = at.fpp_granularity
+            if text == "neuron" and target.name not in hidden:
+                self.is_hidden(target.name)
+                text = "row" if self.layout.groups[target.name] == "embedding" else "weight"
+            sets.setdefault((float(at.fpp or 0), text), []).append(target)
+        return sets
+
+    def _prune_neurons(self, targets: list[Target], rate: float) -> None:
+        """Prunes the hidden units of the layers that the targets belong to."""
         by_name = {target.name: target for target in targets}
         for block in self.layout.feed_forwards:
             members = self.neuron_members(block, by_name)
             if not members:
                 continue
-            gate = by_name.pop(block.gate.weight) if block.gate is not None else None
-            up, down = by_name.pop(block.up.weight), by_name.pop(block.down.weight)
+            gate = by_name[block.gate.weight] if block.gate is not None else None
+            up, down = by_name[block.up.weight], by_name[block.down.weight]
             pruned = prune_neurons(up, down, gate, rate, self.threads)
             self.keep_pruned(pruned, "neuron")
             for name in members:
                 self.step(name)
-        for name in by_name:
-            self.is_hidden(name)
-        return list(by_name.values())
 
     def neuron_members(self, block: FeedForwardBlock, names: Container[str]) -> list[str]:
         """The layer's matrices, if they are among the names; ValueError if only some are."""
@@ -428,7 +497,7 @@ class Job:
 
     def is_hidden(self, name: str) -> bool:
         """Whether the tensor holds hidden units' rows or columns. ModelError if that is unknown."""
-        if not self.layout.feed_forwards and self.layout.groups[name] == "feed_forward":
+        if self.layout.schema is None and self.layout.groups[name] == "feed_forward":
             raise ModelError(
                 "fpp_granularity 'neuron' needs a known architecture, to tell which rows and "
                 "columns belong to one hidden unit"
@@ -437,66 +506,99 @@ class Job:
 
     def run_rate(self, rate: float) -> Recipe:
         """Spreads the rate; returns the nearest recipe with uniform fields."""
-        irc: list[tuple[AttentionBlock, Option]] = []
-        dwc: list[tuple[AttentionBlock, Option]] = []
-        folded_outputs: dict[str, attention.Fold] = {}
+        foldable = self.foldable()
+        options, outputs = self.fold_options(foldable)
+        targets = self.weighed_targets(outputs)
+        weights = sum(target.matrix.size for target in targets)
+        counts = histogram(targets, Granularity("weight"), self.threads)
+        choice = choose(rate, self.numbers, options, weights, counts)
+        self.fold_to(foldable, [option.ranks for option in options])
+        count = fill(rate, self.numbers, choice, self.folded_numbers, weights)
+        if count:
+            pruned = prune_below(self.weighed_targets(), count, self.threads, self._step)
+            self.keep_pruned(pruned, "weight")
+        return settled_recipe(options, count, weights)
+
+    @property
+    def numbers(self) -> int:
+        """How many the tensors of the checkpoint hold that methods could remove."""
+        own = [self.arrays[n] for n in self.checkpoint.names if n not in self.checkpoint.tied]
+        return sum(array.size for array in own if tensors.is_weight_dtype(array.dtype))
+
+    @property
+    def folded_numbers(self) -> int:
+        """How many the folds have removed so far."""
+        return sum(
+            self.arrays[name].size - result.encoding.numbers
+            for name, result in self.results.items()
+        )
+
+    def foldable(self) -> list[tuple[AttentionBlock, str]]:
+        """The folds that are valid whatever their ranks, "IRC" of every block and then "DWC"; why
+        others are not is noted."""
+        irc, dwc = [], []
         for block in self.layout.attentions:
             if (reason := self.refusal(block, "irc", block.query, exact=False)) is None:
-                curve = attention.irc_curve(block, self.arrays, self.threads)
-                irc.append((block, Option(curve, least=1)))
+                irc.append((block, "IRC"))
             else:
                 self.refuse((block.query, block.key), f"IRC left out: {reason}")
             if (reason := self.refusal(block, "dwc", block.value, exact=False)) is None:
-                curve = attention.dwc_curve(block, self.arrays, self.threads)
-                dwc.append((block, Option(curve, least=0)))
-                if attention.exact_in(self.arrays[block.value.weight].dtype):
-                    # pruning sees the output projection as the fold leaves it
-                    with contextlib.suppress(attention.Refused):
-                        fold = attention.dwc(block, self.arrays, "lossless", self.threads)
-                        folded_outputs[block.output.weight] = fold
+                dwc.append((block, "DWC"))
             else:
                 self.refuse((block.value,), f"DWC left out: {reason}")
-            self.progress(self.done, self.total, block.name)
+        return irc + dwc
 
-        recipe = Recipe(fpp=0)  # how much is what is to be found out
-        targets = self.targets(recipe)
+    def fold_options(
+        self, foldable: Sequence[tuple[AttentionBlock, str]]
+    ) -> tuple[list[Option], dict[str, attention.Fold]]:
+        """What each rank of each fold would cost; and by the output projection's name, how pruning
+        is to see it: as the lossless DWC leaves it."""
+        options, outputs = [], {}
+        for block, method in foldable:
+            if method == "IRC":
+                curve = attention.irc_curve(block, self.arrays, self.threads)
+                options.append(Option(curve, least=1))
+            else:
+                curve = attention.dwc_curve(block, self.arrays, self.threads)
+                options.append(Option(curve, least=0))
+                if attention.exact_in(self.arrays[block.value.weight].dtype):
+                    with contextlib.suppress(attention.Refused):
+                        fold = attention.dwc(block, self.arrays, "lossless", self.threads)
+                        outputs[block.output.weight] = fold
+            self.progress(self.done, self.total, block.name)
+        return options, outputs
+
+    def fold_to(
+        self, foldable: Sequence[tuple[AttentionBlock, str]], ranks: Sequence[Array | None]
+    ) -> None:
+        """Folds each to its ranks per key head; None leaves it as it is."""
+        for (block, name), chosen in zip(foldable, ranks, strict=True):
+            if chosen is None:
+                continue
+            settled, method = self.ranks_of(block, chosen, name)
+            if name == "IRC":
+                self.fold_query_key(block, settled, method)
+            else:
+                self.fold_value(block, "lossless" if settled is None else settled, method)
+        for block in self.layout.attentions:
+            self.assemble_folds(block)
+
+    def prune_to_cut(self, cut: Cut) -> None:
+        """The rest of a spread rate, where the cut was found for more matrices than are here."""
+        targets, granularity = self.weighed_targets(), Granularity("weight")
+        pruned = prune_cut(targets, cut, granularity, self.threads, self._step)
+        self.keep_pruned(pruned, "weight")
+
+    def weighed_targets(self, outputs: Mapping[str, attention.Fold] | None = None) -> list[Target]:
+        """Everything that single weights can be removed from, as they compete at one rate."""
+        targets = self.targets(Recipe(fpp=0))  # how much is what is to be found out
         for target in targets:
-            output = folded_outputs.get(target.name)
+            output = (outputs or {}).get(target.name)
             if output is not None and output.output is not None:
                 target.matrix = output.output
                 target.col_scale = output.output_scale
         self._weigh(targets)
-        histogram = _core.histogram([target.scored for target in targets], self.threads)
-        total = sum(a.size for a in self.arrays.values() if tensors.is_weight_dtype(a.dtype))
-        weights = sum(target.matrix.size for target in targets)
-        options = [option for _, option in (*irc, *dwc)]
-        choice = choose(rate, total, options, weights, histogram)
-
-        for block, option in irc:
-            if option.ranks is not None:
-                self.fold_query_key(block, *self.ranks_of(block, option.ranks, "IRC"))
-        for block, option in dwc:
-            if option.ranks is not None:
-                ranks, method = self.ranks_of(block, option.ranks, "DWC")
-                self.fold_value(block, "lossless" if ranks is None else ranks, method)
-        for block in self.layout.attentions:
-            self.assemble_folds(block)
-        folded = sum(
-            self.arrays[name].size - result.encoding.numbers
-            for name, result in self.results.items()
-        )
-        count = fill(rate, total, choice, folded, weights)
-        if count:
-            targets = self.targets(recipe)
-            self._weigh(targets)
-            pruned = prune_below(targets, count, self.threads, self._step)
-            self.keep_pruned(pruned, "weight")
-        folds = any(option.ranks is not None for option in options)
-        return Recipe(
-            fpp=count / weights if 0 < count < weights else None,
-            irc="lossless" if folds else None,
-            dwc="lossless" if folds else None,
-        )
+        return targets
 
     @staticmethod
     def ranks_of(block: AttentionBlock, ranks: Array, name: str) -> tuple[Array | None, str]:
@@ -515,22 +617,19 @@ class Job:
         that of one of the 2 L + 1 terms (embedding, attention and feed-forward of each of L blocks)
         that add up to the last hidden state.
         """
-        terms = 2 * len(self.layout.attentions) + 1
         for target in targets:
             norm = float(np.sqrt(energy(target, self.threads)))
             target.scale = 1.0 / norm if norm > 0 else 1.0
             if target.name in self.layout.output_embeddings:
-                target.scale *= float(np.sqrt(terms))
+                target.scale *= float(np.sqrt(self.terms))
 
     # ---- the end --------------------------------------------------------------------------------
 
     def finish(self, recipe: Recipe) -> Compressed:
         rows, encodings = [], {}
         for name in self.checkpoint.names:
-            if (source := self.checkpoint.tied.get(name)) is not None:
-                array = self.arrays[source]
-                group, method = self.layout.groups[source], f"tied to {source}"
-                rows.append(Row(name, group, method, array.shape, array.dtype.name, 0, 0, 0, 0))
+            if name in self.checkpoint.tied:
+                rows.append(self.tied_row(name))
                 continue
             array = self.arrays[name]
             result = self.results.get(name) or self._dense(name, array)
@@ -553,7 +652,7 @@ class Job:
                 )
             )
         self.progress(self.total, self.total, "")
-        report = Report(rows, self.layout.schema, self._head_facts(), self.notes)
+        report = Report(rows, self.layout.schema, head_facts(self.layout), self.notes)
         return Compressed(
             self.checkpoint.names,
             encodings,
@@ -563,6 +662,12 @@ class Job:
             self.checkpoint.framework,
             threads=self.threads,
         )
+
+    def tied_row(self, name: str) -> Row:
+        """The report's row of a name that is another one's tensor."""
+        source = self.checkpoint.tied[name]
+        array, group = self.arrays[source], self.layout.groups[source]
+        return Row(name, group, f"tied to {source}", array.shape, array.dtype.name, 0, 0, 0, 0)
 
     def _dense(self, name: str, array: Array) -> _Result:
         """A tensor that no method changed, or only DWC's replacement. A copy: the caller may go on
@@ -582,18 +687,3 @@ class Job:
         if name in self.replaced:
             return self._dense(name, self.arrays[name]).encoding.unpack(self.threads)
         return None
-
-    def _head_facts(self) -> dict[str, Any]:
-        blocks = [block for block in self.layout.attentions if block.heads]
-        if not blocks:
-            return {}
-        first = blocks[0]
-        facts = {
-            "heads": first.heads,
-            "key_heads": first.groups,
-            "head_dim": first.head_dim,
-            "source": self.layout.head_source,
-        }
-        if any(block.heads != first.heads for block in blocks):
-            facts["by_block"] = {block.name: block.heads for block in blocks}
-        return facts

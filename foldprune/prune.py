@@ -12,15 +12,21 @@ from .encodings import Array, Dense, Encoding, Packed, nbytes
 from .recipe import Granularity
 
 __all__ = [
+    "Cut",
     "Pruned",
     "Target",
     "encode",
     "energy",
+    "histogram",
     "mask_lowest",
     "prune",
     "prune_below",
+    "prune_cut",
     "prune_neurons",
 ]
+
+# what the core scores: |x| * scale * col_scale
+Scored = tuple[Array, float, Array | None]
 
 
 @dataclass
@@ -37,7 +43,7 @@ class Target:
     row_scale: Array | None = None
 
     @property
-    def scored(self) -> tuple[Array, float, Array | None]:
+    def scored(self) -> Scored:
         return (self.weighed(self.matrix), self.scale, self.col_scale)
 
     def weighed(self, matrix: Array) -> Array:
@@ -105,8 +111,8 @@ def prune_below(
     done: Callable[[Target], None] = lambda target: None,
 ) -> dict[str, Pruned]:
     """Removes the ``count`` weights of lowest score among all targets."""
-    scored = [target.scored for target in targets]
-    return _apply(targets, scored, [(1, 1)] * len(targets), count, threads, done)
+    scored, blocks = _scores(targets, Granularity("weight"), threads)
+    return _apply(targets, scored, blocks, count, threads, done)
 
 
 def _prune_together(
@@ -116,21 +122,80 @@ def _prune_together(
     threads: int,
     done: Callable[[Target], None],
 ) -> dict[str, Pruned]:
+    scored, blocks = _scores(targets, granularity, threads)
+    count = round(rate * sum(own[0].size for own in scored))
+    return _apply(targets, scored, blocks, count, threads, done)
+
+
+def _scores(
+    targets: Sequence[Target], granularity: Granularity, threads: int
+) -> tuple[list[Scored], list[tuple[int, int]]]:
+    """What competes, one for each target, and the blocks that it stands for."""
     if granularity.kind == "weight":
-        total = sum(target.matrix.size for target in targets)
-        return prune_below(targets, round(rate * total), threads, done)
+        return [target.scored for target in targets], [(1, 1)] * len(targets)
     blocks = [granularity.block(target.matrix.shape[1]) for target in targets]
     grids = [
         _core.block_scores(target.scored, block[0], block[1], threads)
         for target, block in zip(targets, blocks, strict=True)
     ]
-    count = round(rate * sum(grid.size for grid in grids))
-    return _apply(targets, [(g, 1.0, None) for g in grids], blocks, count, threads, done)
+    return [(grid, 1.0, None) for grid in grids], blocks
+
+
+# ---- matrices that are never in memory together -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A threshold by a histogram of scores, which add up over matrices: what lies in a bin below
+    ``bin`` is removed, and of what each matrix has in that bin the lowest ``share``.
+
+    So the count is exact but for half a weight per matrix, and every score that is removed while a
+    lower one stays is within a bin's width of it, 1 part in 128.
+    """
+
+    bin: int
+    share: float
+
+    @classmethod
+    def removing(cls, count: int, histogram: Array) -> Cut:
+        """The cut that removes ``count`` of what the histogram counts."""
+        below = np.cumsum(histogram)
+        at = int(np.searchsorted(below, count))
+        if at == len(below):
+            return cls(at, 0.0)
+        inside = int(histogram[at])
+        return cls(at, (count - (int(below[at]) - inside)) / inside if inside else 0.0)
+
+    def count(self, histogram: Array) -> int:
+        """How many of one matrix's scores it removes."""
+        inside = int(histogram[self.bin]) if self.bin < len(histogram) else 0
+        return int(histogram[: self.bin].sum()) + round(self.share * inside)
+
+
+def histogram(targets: Sequence[Target], granularity: Granularity, threads: int) -> Array:
+    """How many of the targets' scores lie in each of the core's bins."""
+    return _core.histogram(_scores(targets, granularity, threads)[0], threads)
+
+
+def prune_cut(
+    targets: Sequence[Target],
+    cut: Cut,
+    granularity: Granularity,
+    threads: int,
+    done: Callable[[Target], None] = lambda target: None,
+) -> dict[str, Pruned]:
+    """Removes what lies below the cut."""
+    out: dict[str, Pruned] = {}
+    for target in targets:
+        scored, blocks = _scores([target], granularity, threads)
+        count = cut.count(_core.histogram(scored, threads))
+        out |= _apply([target], scored, blocks, count, threads, done)
+    return out
 
 
 def _apply(
     targets: Sequence[Target],
-    scored: list[tuple[Array, float, Array | None]],
+    scored: list[Scored],
     blocks: Sequence[tuple[int, int]],
     count: int,
     threads: int,

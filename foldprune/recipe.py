@@ -186,6 +186,12 @@ class Recipe:
         fields = [{"irc": self.irc, "dwc": self.dwc}, *self.overrides.values()]
         return any(f.get("irc") is not None or f.get("dwc") is not None for f in fields)
 
+    @property
+    def shares_thresholds(self) -> bool:
+        """Whether pruned tensors may compete with those of other layers."""
+        fields = [{"fpp": self.fpp}, *self.overrides.values()]
+        return self.fpp_scope == "global" and any(f.get("fpp") is not None for f in fields)
+
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["fpp_on"] = list(self.fpp_on)

@@ -134,7 +134,7 @@ def _checked(name: str, array: Array) -> Array:
         raise TensorTypeError(f"{name!r}: dtype {array.dtype} is not numeric")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    return array
+    return array if array.flags.aligned else array.copy()
 
 
 def is_extension_float(dtype: np.dtype[Any]) -> bool:
