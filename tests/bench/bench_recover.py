@@ -1,4 +1,4 @@
-"""Rank 1 at once against ranks that fall step by step, both with diagonal values: MiniLM-L6 recovers
+"""Rank 1 at once against ranks that fall step by step, values diagonal in both: MiniLM-L6 recovers
 on WikiText-2's sentences; cosine of its sentence embeddings to the dense model's on held-out ones.
 
     python tests/bench/bench_recover.py --folder runs
