@@ -1,5 +1,5 @@
-"""Rank 1 with a diagonal value at once, against ranks that fall step by step: MiniLM-L6 recovers on
-WikiText-2's sentences; cosine of its sentence embeddings to the dense model's on held-out ones.
+"""Rank 1 at once against ranks that fall step by step, values diagonal in both: MiniLM-L6 recovers
+on WikiText-2's sentences; cosine of its sentence embeddings to the dense model's on held-out ones.
 
     python tests/bench/bench_recover.py --folder runs
 
@@ -26,7 +26,7 @@ from foldprune.container import write_atomically
 
 WAYS = {
     "jump": [Recipe(irc=1, dwc="slice")],
-    "annealed": [Recipe(irc=8, dwc=8), Recipe(irc=2, dwc=2), Recipe(irc=1, dwc="slice")],
+    "annealed": [Recipe(irc=rank, dwc="slice") for rank in (8, 2, 1)],
 }
 
 
