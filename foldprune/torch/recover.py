@@ -74,7 +74,9 @@ def recover(
     relative squared errors of the last hidden states and of their mean over a sequence. Padding
     takes no part. Parameters with ``requires_grad`` train; of a model from
     ``foldprune.torch.convert`` these are the kept weights and the folded heads alone. Both models
-    run in eval mode, without dropout, and are afterwards in the mode they were in.
+    run in eval mode, without dropout, and are afterwards in the mode they were in. A remainder of
+    DWC that was fitted with data can hold large numbers that cancel each other, and then diverges
+    in training at any useful rate: recover with the value folded to "slice" or "pivot".
 
     Parameters
     ----------
