@@ -363,14 +363,13 @@ def run(source: Path, out: Path) -> subprocess.Popen[str]:
 def test_killed_at_any_moment_and_resumed(kind, tmp_path):
     state = reference.llama_state(layers=6, d=128, heads=4, groups=4, ff=384, vocab=500)
     source, out, serial = write(tmp_path / "source", state), tmp_path / "out", tmp_path / "serial"
-    began = time.perf_counter()
-    assert run(source, serial).wait() == 0
+    child, began = run(source, serial), time.perf_counter()
+    assert child.wait() == 0
     duration = time.perf_counter() - began
-    moments = random.Random(5)
     interrupted = 0
-    for _ in range(8 if kind == signal.SIGKILL else 3):
+    for moment in np.linspace(0, 0.9, 8 if kind == signal.SIGKILL else 3):
         child = run(source, out)
-        time.sleep(moments.uniform(0, duration / 3))
+        time.sleep(moment * duration)  # the first at once, so that one at least is in time
         shards = {p.name: p.stat().st_ino for p in out.glob("foldprune-*.safetensors")}
         child.send_signal(kind)
         interrupted += child.wait() != 0
