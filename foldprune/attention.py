@@ -28,6 +28,7 @@ __all__ = [
     "exact_in",
     "irc",
     "irc_curve",
+    "plane_scores",
 ]
 
 
@@ -345,6 +346,15 @@ def _irc_planes(
         bias_dtype = _bias_dtype(arrays, block.key)
         fold.biases["key"] = encode(block.groups, kept, k[:, :, cols], bias_dtype)
     return fold
+
+
+def plane_scores(
+    block: AttentionBlock, arrays: Mapping[str, Array], moments: Moments, threads: int = 1
+) -> Array:
+    """What IRC keeps planes by: (key heads, head_dim / 2)."""
+    inputs, key_inputs = _logit_inputs(block, arrays, moments, moments)
+    heads = _logit_heads(block, arrays, inputs, key_inputs)
+    return _plane_scores(block, heads, inputs, threads)
 
 
 def _plane_scores(

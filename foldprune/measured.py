@@ -299,16 +299,65 @@ class Measured:
         else:
             matrix = block.value
             curve = attention.dwc_curve(block, self.arrays, self.threads, source)
-        worth = self._worth(block, matrix)
+        damage = [self._worth(block, matrix) * np.asarray(error) for error in curve.error]
+        if kind == "IRC" and (losses := self._dimension_losses(block)) is not None:
+            damage = [np.append(own[::-1].cumsum()[::-1], 0.0) for own in losses]
         units = []
-        for j, (stored, error) in enumerate(zip(curve.stored, curve.error, strict=True)):
+        for j, stored in enumerate(curve.stored):
             ranks = np.arange(len(stored) - 1, -1, -1)
             if kind == "IRC":
                 ranks = ranks[ranks > 0]  # rank 0 is uniform attention
             removed = curve.dense / len(curve.stored) - stored[ranks]
             name = f"{block.name}:{j}"
-            units.append(Unit(name, kind, ranks, removed.astype(float), worth * error[ranks]))
+            units.append(Unit(name, kind, ranks, removed.astype(float), damage[j][ranks]))
         return units
+
+    def _dimension_losses(self, block: AttentionBlock) -> Array | None:
+        """What every dimension (plane, with rotation) of a key head costs that IRC leaves out,
+        the ones that it keeps longest first: (key heads, dimensions). None without gradients.
+
+        The fold at rank r is the dense model with keys P k, and what they lose is
+        sum_i E[g_i^2] E[((I - P) k)_i^2] over the head's rows. Without rotation, with
+        A = E[q q^T]^(1/2) and u_i the eigenvectors of A Cov(k) A, P = A^-1 U_r U_r^T A.
+        """
+        gradient = self.gradient(block.key.weight) if self.has_gradients else None
+        query, source = self.query_moments(block), self.source_moments(block)
+        if gradient is None or query is None or source is None:
+            return None
+        g = block.key.bias_view(gradient, block.heads).reshape(block.groups, -1)
+        keys = self._output_moments(block, block.key, source, centred=block.rope is None)
+        if block.rope:
+            pairs = (-1, 2) if block.rope == "adjacent" else (2, -1)
+            rows = (g * np.einsum("jaa->ja", keys)).reshape(block.groups, *pairs)
+            planes = rows.sum(axis=2 if block.rope == "adjacent" else 1)
+            scores = attention.plane_scores(block, self.arrays, query, self.threads)
+            return np.take_along_axis(planes, np.argsort(-scores, axis=1), axis=1)
+        queries = self._output_moments(block, block.query, query, centred=False)
+        losses = np.zeros(g.shape)
+        for j, second in enumerate(queries.reshape(block.groups, -1, *queries.shape[1:]).sum(1)):
+            values, vectors = np.linalg.eigh(second)
+            root = np.sqrt(np.maximum(values, values[-1] * 1e-12))
+            a = vectors * root
+            squared, u = np.linalg.eigh(a.T @ keys[j] @ a)
+            lost = (vectors / root) @ u  # A^-1 u_i, up to a rotation that drops out
+            losses[j] = (np.maximum(squared, 0.0) * (g[j] @ lost**2))[::-1]
+        return losses
+
+    def _output_moments(
+        self, block: AttentionBlock, matrix: Matrix, moments: Moments, centred: bool
+    ) -> Array:
+        """Second moments of what every head's rows of a query or key put out, or covariances:
+        (heads, head_dim, head_dim)."""
+        rows = matrix.view(self.arrays[matrix.weight], block.heads).astype(np.float64)
+        rows = rows.reshape(-1, block.head_dim, matrix.cols)
+        out = rows @ moments.covariance @ rows.swapaxes(1, 2)
+        if centred:
+            return np.asarray(out)
+        mean = rows @ moments.mean
+        if matrix.bias is not None:
+            bias = matrix.bias_view(self.arrays[matrix.bias], block.heads)
+            mean = mean + bias.astype(np.float64).reshape(mean.shape)
+        return np.asarray(out + mean[:, :, None] * mean[:, None, :])
 
     def _worth(self, block: AttentionBlock, matrix: Matrix) -> float:
         """Sum over a key's or value's rows of E[g^2] times the output's variance."""
