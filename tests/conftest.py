@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,27 @@ def _neutral_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.chdir(tmp_path_factory.mktemp("cwd"))
     yield
     os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models of a few thousand weights are slower on more threads."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_warnings() -> Iterator[None]:
+    """But for refused folds: what is refused, and why, is each test's own to look at."""
+    import foldprune
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", foldprune.FoldpruneWarning)
+        warnings.simplefilter("ignore", foldprune.FoldRefusedWarning)
+        yield
 
 
 def _package_folder(name: str) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import models
 import numpy as np
 import pytest
 import reference
-import torch
 import transformers
 from architectures import FAMILIES, Family
 from safetensors.numpy import save_file
@@ -28,21 +26,7 @@ ABSOLUTE = 1e-5
 EVERY = list(FAMILIES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models of a few thousand weights are slower on more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", foldprune.FoldpruneWarning)
-        warnings.simplefilter("ignore", foldprune.FoldRefusedWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "no_warnings")
 
 
 def reloaded(model: Any, compressed: foldprune.Compressed) -> Any:

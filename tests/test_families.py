@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from typing import Any
 
 import numpy as np
@@ -33,22 +32,7 @@ FAMILIES = [
 ABSOLUTE = 1e-5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models of a few thousand weights are slower on more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", foldprune.FoldpruneWarning)
-        # what is refused, and why, is each test's own to look at
-        warnings.simplefilter("ignore", foldprune.FoldRefusedWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "no_warnings")
 
 
 def logits(model: Any, ids: Any) -> Any:
