@@ -43,7 +43,7 @@ from .encodings import Array
 from .errors import FoldRefusedWarning, FormatError
 from .files import locate, read_json
 from .job import Job, head_facts, settle_layout, settled_recipe
-from .options import Progress, reporter, resolve_threads
+from .options import Progress, reporter, resolve_threads, silent
 from .prune import Cut
 from .recipe import Recipe
 from .report import Report, Row
@@ -121,7 +121,7 @@ def compress_checkpoint(
         source.config, source.path, source.notes,
     )  # fmt: skip
     layout = settle_layout(checkpoint, recipe, config, num_heads)
-    model = Job(checkpoint, layout, lambda done, total, name: None, 1)
+    model = Job(checkpoint, layout, silent, 1)
     model.check_dtypes()
     if given is not None:
         note_unused_rate(model, rate, given)

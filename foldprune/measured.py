@@ -290,8 +290,9 @@ class Measured:
         return self.row_weight(target)
 
     def fold_units(self, block: AttentionBlock, kind: str) -> list[Unit]:
-        """IRC or DWC of a block, a unit per key head: the fold's error, as a share of what losing
-        the whole key (or value) would cost."""
+        """IRC or DWC of a block, a unit per key head. Where the loss's gradient is known, IRC costs
+        what the keys lose; else a fold costs its share of what losing the whole key (or value)
+        would."""
         source = self.source_moments(block)
         if kind == "IRC":
             matrix, query = block.key, self.query_moments(block)
@@ -299,9 +300,12 @@ class Measured:
         else:
             matrix = block.value
             curve = attention.dwc_curve(block, self.arrays, self.threads, source)
-        damage = [self._worth(block, matrix) * np.asarray(error) for error in curve.error]
-        if kind == "IRC" and (losses := self._dimension_losses(block)) is not None:
+        losses = self._dimension_losses(block) if kind == "IRC" else None
+        if losses is not None:
             damage = [np.append(own[::-1].cumsum()[::-1], 0.0) for own in losses]
+        else:
+            worth = self._worth(block, matrix)
+            damage = [worth * np.asarray(error) for error in curve.error]
         units = []
         for j, stored in enumerate(curve.stored):
             ranks = np.arange(len(stored) - 1, -1, -1)
@@ -346,8 +350,8 @@ class Measured:
     def _output_moments(
         self, block: AttentionBlock, matrix: Matrix, moments: Moments, centred: bool
     ) -> Array:
-        """Second moments of what every head's rows of a query or key put out, or covariances:
-        (heads, head_dim, head_dim)."""
+        """Second moments of what every head's rows put out, or covariances: (heads, head_dim,
+        head_dim)."""
         rows = matrix.view(self.arrays[matrix.weight], block.heads).astype(np.float64)
         rows = rows.reshape(-1, block.head_dim, matrix.cols)
         out = rows @ moments.covariance @ rows.swapaxes(1, 2)
@@ -365,11 +369,10 @@ class Measured:
         moments = self.source_moments(block)
         if gradient is None or moments is None:
             return 1.0
-        view = matrix.view(self.arrays[matrix.weight], block.heads).astype(np.float64)
-        rows = matrix.bias_view(gradient, block.heads)
         # what is the same for all tokens drops out of the softmax, or is a bias
-        variance = np.einsum("ij,jk,ik->i", view, moments.covariance, view)
-        return float(rows @ variance)
+        covariances = self._output_moments(block, matrix, moments, centred=True)
+        rows = matrix.bias_view(gradient, block.heads)
+        return float(rows @ np.einsum("jaa->ja", covariances).ravel())
 
 
 def _interpolate(points: list[float]) -> Array:

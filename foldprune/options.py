@@ -9,9 +9,13 @@ from typing import Any
 
 from . import files
 
-__all__ = ["Progress", "reporter", "resolve_config", "resolve_threads"]
+__all__ = ["Progress", "reporter", "resolve_config", "resolve_threads", "silent"]
 
 Progress = Callable[[int, int, str], None]
+
+
+def silent(done: int, total: int, name: str) -> None:
+    """Progress that nobody is shown."""
 
 
 def resolve_threads(threads: int | None) -> int:
@@ -54,4 +58,4 @@ def reporter(
         with bar(description) as update:
             yield update
     else:
-        yield lambda done, total, name: None
+        yield silent

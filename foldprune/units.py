@@ -21,6 +21,7 @@ from .container import crc, flatten, write_atomically
 from .encodings import Array
 from .errors import FormatError
 from .job import Job, residual_terms
+from .options import silent
 from .prune import Cut, histogram
 from .recipe import Granularity, Recipe
 from .schemas.layout import AttentionBlock, FeedForwardBlock, Layout, Matrix
@@ -143,7 +144,7 @@ def _begin(unit: Unit, threads: int, plan: Plan | None = None) -> Job:
     opened = {path: open_tensors(path) for path in dict.fromkeys(unit.files.values())}
     arrays = {name: opened[path].read(name) for name, path in unit.files.items()}
     checkpoint = Checkpoint(arrays, {}, None, list(unit.names))
-    job = Job(checkpoint, unit.layout, lambda done, total, name: None, threads, terms=unit.terms)
+    job = Job(checkpoint, unit.layout, silent, threads, terms=unit.terms)
     job.check_tensors()
     if plan is not None:
         job.cuts = plan.cuts

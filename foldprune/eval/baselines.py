@@ -20,7 +20,7 @@ from ..compressed import Compressed
 from ..encodings import Packed
 from ..errors import ModelError, RateError
 from ..job import Job
-from ..options import Progress, reporter, resolve_threads
+from ..options import Progress, reporter, resolve_threads, silent
 from ..prune import Pruned
 from ..recipe import GROUPS, Recipe
 from ..report import Report
@@ -335,7 +335,7 @@ def _run_counting(
 def _begin(model: torch.nn.Module) -> Job:
     # a recipe that folds, as it is an error then if the architecture is unknown
     recipe, threads = Recipe(irc=1), resolve_threads(None)
-    return Job.begin(model, recipe, None, None, lambda done, total, name: None, threads)
+    return Job.begin(model, recipe, None, None, silent, threads)
 
 
 _ALL = dict.fromkeys(GROUPS, 0.0)

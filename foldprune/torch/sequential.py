@@ -19,7 +19,7 @@ from ..compressed import Compressed
 from ..errors import ModelError
 from ..job import Job
 from ..measured import Measured
-from ..options import Progress, reporter, resolve_threads
+from ..options import Progress, reporter, resolve_threads, silent
 from ..recipe import Recipe
 from ..schemas.layout import AttentionBlock, FeedForwardBlock
 from .batches import Batch, naming
@@ -87,7 +87,7 @@ def compress(
     check_calibration(calibration)
     workers = resolve_threads(threads)
     values = list(batches)
-    job = Job.begin(model, recipe, None, num_heads, _silent, workers)
+    job = Job.begin(model, recipe, None, num_heads, silent, workers)
     if given is not None:
         note_unused_rate(job, rate, given)
     if job.layout.schema is None:
@@ -125,7 +125,7 @@ def compress(
         outside = [name for name in plan.shares if name not in inside]
         looked_up = [name for name in outside if measured.is_embedding(name)]
         calibrated.apply_tensors(job, measured, looked_up, plan)
-    job.progress = _silent
+    job.progress = silent
     gradients_alone = calibration.without_moments()
     del calibration, measured  # and with them all moments, unless the caller keeps them
     with reporter(progress, "compressing") as report, prepared(model), torch.no_grad():
@@ -138,10 +138,6 @@ def compress(
         report(len(stages), len(stages), "")
     job.warn_refused()
     return job.finish(recipe or plan.recipe())
-
-
-def _silent(done: int, total: int, name: str) -> None:
-    """No progress."""
 
 
 @dataclass(frozen=True)

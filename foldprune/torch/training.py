@@ -18,7 +18,7 @@ from .. import encodings, tensors
 from ..errors import FoldpruneWarning, ModelError, TensorError, UnmatchedTensorWarning
 from ..job import Job
 from ..measured import expected_use
-from ..options import resolve_threads
+from ..options import resolve_threads, silent
 from ..prune import Pruned
 from ..recipe import Granularity, Recipe
 from ..schemas.layout import generic_layout
@@ -275,7 +275,7 @@ class FPP:
             with warnings.catch_warnings():
                 if self._steps:  # said once
                     warnings.simplefilter("ignore", UnmatchedTensorWarning)
-                return Job.begin(self.model, recipe, None, None, _silent, self._threads)
+                return Job.begin(self.model, recipe, None, None, silent, self._threads)
         state = self.model.state_dict()
         dense = {name: state[own] for name, own in origin.sources.items() if own in state}
         checkpoint = tensors.from_mapping(dense)
@@ -283,7 +283,7 @@ class FPP:
         groups = {row.name: row.group for row in origin.report.rows}
         layout.groups = {name: groups[name] for name in checkpoint.arrays}
         layout.transposed = {n for n in checkpoint.arrays if is_conv1d(self._module(n))}
-        job = Job(checkpoint, layout, _silent, self._threads)
+        job = Job(checkpoint, layout, silent, self._threads)
         job.check_tensors()
         return job
 
@@ -352,10 +352,8 @@ class FPP:
                 after = math.inf
             if before is None or after is None or after <= before * (1 + self.tolerance):
                 break
-            for name, (keep, values) in frozen.items():
+            for name, (keep, left, values) in frozen.items():
                 matrix = self._matrices[name]
-                assert matrix.keep is not None
-                left = ~matrix.keep if keep is None else keep & ~matrix.keep
                 matrix.weight.data[left] = values
                 matrix.keep = keep
             share, after = old, before
@@ -367,8 +365,10 @@ class FPP:
             self._forget(matrix)
         self.history.append(Event(self._steps, wanted, share, before, after))
 
-    def _freeze(self, share: float) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
-        """Zeroes up to that share of the rate. By name: the mask so far, and what left."""
+    def _freeze(
+        self, share: float
+    ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+        """Zeroes up to that share of the rate. By name: the mask so far, what left, its values."""
         recipe = self._recipe_at(share)
         job = self._job(recipe)
         for name, matrix in self._matrices.items():
@@ -380,7 +380,7 @@ class FPP:
             kept = from_numpy(encoding.unpack(self._threads)) != 0
             matrix.keep = kept if keep is None else kept & keep
             left = ~matrix.keep if keep is None else keep & ~matrix.keep
-            frozen[name] = (keep, matrix.weight.data[left])
+            frozen[name] = (keep, left, matrix.weight.data[left])
             matrix.block = getattr(encoding, "block", (1, 1))
             matrix.hold()
         return frozen
@@ -548,9 +548,9 @@ def _carry_over(optimizer: torch.optim.Optimizer, matrix: _Matrix, new: nn.Param
     state = optimizer.state.pop(old, None)
     if state is None:
         return
-    scalars = (value.numel() == 1 for value in state.values() if isinstance(value, torch.Tensor))
-    whole = (v.shape == old.shape for v in state.values() if isinstance(v, torch.Tensor))
-    if all(a or b for a, b in zip(scalars, whole, strict=True)):
+    numbers = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    # what goes with the matrix as a whole, as factored moments do, cannot follow and starts anew
+    if all(value.numel() == 1 or value.shape == old.shape for value in numbers):
         optimizer.state[new] = {
             key: kept(value) if isinstance(value, torch.Tensor) and value.numel() > 1 else value
             for key, value in state.items()
@@ -570,7 +570,3 @@ def _own_loss(model: nn.Module, value: Any) -> torch.Tensor:
 
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _silent(done: int, total: int, name: str) -> None:
-    """No progress."""
