@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["Granularity", "Recipe"]
+__all__ = ["Granularity", "Recipe", "pattern_of"]
 
 GROUPS = ("embedding", "feed_forward", "attention_output", "qkv")
 SCOPES = ("global", "tensor", "row")
@@ -214,6 +214,11 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         return cls.from_dict(json.loads(text))
+
+
+def pattern_of(name: str) -> str:
+    """The override pattern that fits this tensor alone."""
+    return f"re:^{re.escape(name)}$"
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..compressed import Compressed
 from ..encodings import Diagonal, Encoding, Fused, Packed, Planes, Rows
 from ..errors import ModelError
 from ..options import Progress
-from ..recipe import Recipe
+from ..recipe import Recipe, pattern_of
 from ..schemas.layout import AttentionBlock, Matrix
 from .collect import resized, to_compressed
 from .convert import convert
@@ -104,7 +103,7 @@ def _remaining(dense: torch.nn.Module, old: Compressed, recipe: Recipe) -> Recip
     own: dict[str, dict[str, Any]] = {}
 
     def override(name: str, **fields: Any) -> None:
-        own.setdefault(f"re:^{re.escape(name)}$", {}).update(fields)
+        own.setdefault(pattern_of(name), {}).update(fields)
 
     for block in layout_of(dense).attentions:
         query, value = recipe.at(block.query.weight), recipe.at(block.value.weight)

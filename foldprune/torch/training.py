@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from ..job import Job
 from ..measured import expected_use
 from ..options import resolve_threads, silent
 from ..prune import Pruned
-from ..recipe import Granularity, Recipe
+from ..recipe import Granularity, Recipe, pattern_of
 from ..schemas.layout import generic_layout
 from .batches import Batch
 from .calibrate import Loss, is_conv1d, is_embedding, is_linear, prepared
@@ -396,7 +395,7 @@ class FPP:
                 n = granularity.b - math.floor((granularity.b - granularity.a) * share + 1e-9)
                 text, rate = f"{n}:{granularity.b}", 1 - n / granularity.b
             fields = {"fpp": rate, "fpp_on": at.fpp_on, "fpp_granularity": text}
-            overrides[f"re:^{re.escape(name)}$"] = fields
+            overrides[pattern_of(name)] = fields
         return dataclasses.replace(self.recipe, fpp=None, overrides=overrides)
 
     def _weigh(self, job: Job, name: str, matrix: _Matrix) -> None:
