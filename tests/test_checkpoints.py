@@ -342,9 +342,11 @@ def test_a_dask_cluster_writes_the_same_bytes(source, tmp_path):
 
 # ---- killed, and resumed ------------------------------------------------------------------------
 
+# shells start what runs in the background with SIGINT ignored, and processes inherit that
 RUN = """
-import sys, warnings
+import signal, sys, warnings
 import foldprune
+signal.signal(signal.SIGINT, signal.default_int_handler)
 warnings.simplefilter("ignore")
 print("begin", flush=True)
 foldprune.compress_checkpoint(sys.argv[1], sys.argv[2], 0.4)
