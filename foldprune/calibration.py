@@ -21,6 +21,15 @@ __all__ = ["Calibration", "Moments", "Sums", "layer_name"]
 
 BLOCK_ROWS = 128  # what is held out together of inputs that do not come in sequences
 
+# the attributes that hold a sum per output or embedding row, by their names in files
+TOTALS = {
+    "row_use": "_row_use",
+    "row_updates": "_row_updates",
+    "gradients": "_gradients",
+    "row_squares": "_row_squares",
+    "row_squares_use": "_row_squares_use",
+}
+
 
 @dataclass(eq=False)
 class Sums:
@@ -165,8 +174,9 @@ class Calibration:
     """Statistics of a model's layers over calibration data, by layer name.
 
     Of every layer's input x (d numbers a token) it keeps, in float64, the sums of x x^T and of x
-    and the number of tokens; of embeddings, how often each row was used; and, if they are given,
-    the mean squares of the loss's gradient at each output. Layers are named as in the model
+    and the number of tokens; of embeddings, how often each row was used, and in how many updates;
+    and, if they are given, the mean squares of the loss's gradient at each output, of embeddings
+    also where each row was used. Layers are named as in the model
     ("encoder.layer.0.intermediate.dense"); a trailing ".weight" is ignored.
 
     Parameters
@@ -198,7 +208,10 @@ class Calibration:
         self._inputs: dict[str, Inputs] = {}
         self._shared: dict[str, str] = {}
         self._row_use: dict[str, Totals] = {}
+        self._row_updates: dict[str, Totals] = {}  # how many updates used the row
         self._gradients: dict[str, Totals] = {}
+        self._row_squares: dict[str, Totals] = {}  # of the gradients where the row was used
+        self._row_squares_use: dict[str, Totals] = {}  # how many tokens those are of
 
     # ---- counting -------------------------------------------------------------------------------
 
@@ -257,33 +270,33 @@ class Calibration:
         the embedding's rows, ``mask`` as for ``update``, of the shape of ids.
         """
         name = layer_name(name)
-        array = _array(name, ids)
-        if array.dtype.kind not in "iu":
-            raise TensorTypeError(f"{name!r}: token ids are integers, got {array.dtype}")
+        ids = _ids(name, ids)
         if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise TensorError(f"{name!r}: rows={rows!r}: expected the number of embedding rows")
-        if not array.size:
+        if not ids.size:
             raise TensorError(f"{name!r}: no token ids: leave empty batches out")
         totals = self._row_use.get(name) or Totals(np.zeros(rows))
         _same_width(name, "rows", len(totals.sums), rows)
-        weights = _weights(name, mask, array.shape)
-        if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
-            raise TensorError(f"{name!r}: token ids up to {array.max()}, but {rows} rows")
-        flat = np.ascontiguousarray(array, np.int64).reshape(-1)
-        try:
-            totals.weight += _core.count_rows(flat, weights, totals.sums)
-        except ValueError:
-            raise TensorError(
-                f"{name!r}: token ids from {array.min()} to {array.max()}, expected 0 to "
-                f"{rows - 1}; mask padding with mask="
-            ) from None
+        weights = _weights(name, mask, ids.shape)
+        flat = ids.reshape(-1)
+        totals.weight += _count_rows(name, flat, weights, totals.sums)
+        updates = self._row_updates.setdefault(name, Totals(np.zeros(rows)))
+        updates.sums[np.unique(flat if weights is None else flat[weights > 0])] += 1
+        updates.weight += 1
         self._row_use[name] = totals
 
     def update_gradient(
-        self, name: str, gradient: Any, mask: Any = None, *, threads: int | None = None
+        self,
+        name: str,
+        gradient: Any,
+        mask: Any = None,
+        *,
+        ids: Any = None,
+        threads: int | None = None,
     ) -> None:
         """Adds the squares of the loss's gradient at a layer's output: (..., out), and ``mask`` as
-        for ``update``."""
+        for ``update``. ``ids``, of an embedding: the rows that were used, (...) integers, so that
+        the squares are also known by row; ``update_tokens`` comes first."""
         name = layer_name(name)
         rows, weights, _ = _rows(name, gradient, mask)
         width = rows.shape[1]
@@ -291,8 +304,31 @@ class Calibration:
         _same_width(name, "outputs", len(totals.sums), width)
         workers = resolve_threads(threads)
         _check(name, "gradients", rows, weights, workers)
+        if ids is not None:
+            self._update_row_squares(name, rows, weights, _ids(name, ids).reshape(-1))
         totals.weight += _core.square_sums(rows, weights, totals.sums, workers)[0]
         self._gradients[name] = totals
+
+    def _update_row_squares(
+        self, name: str, rows: Array, weights: Array | None, ids: Array
+    ) -> None:
+        use = self._row_use.get(name)
+        if use is None or len(ids) != len(rows):
+            raise TensorError(
+                f"{name!r}: ids of {len(ids)} tokens with gradients of {len(rows)}, rows "
+                f"{'not counted yet (update_tokens)' if use is None else 'counted'}"
+            )
+        known = np.ones(len(rows)) if weights is None else weights
+        counted = known > 0
+        squares = np.zeros(len(rows))
+        squares[counted] = known[counted] * np.square(rows[counted], dtype=np.float64).sum(axis=1)
+        for by_name, amounts in (
+            (self._row_squares_use, known),
+            (self._row_squares, squares),
+        ):
+            totals = by_name.get(name) or Totals(np.zeros(len(use.sums)))
+            totals.weight += _count_rows(name, ids, amounts, totals.sums)
+            by_name[name] = totals
 
     def share(self, name: str, source: str) -> None:
         """Says that layer ``name`` reads the same input as ``source`` (query, key and value; up and
@@ -312,7 +348,8 @@ class Calibration:
         """What does not depend on the inputs' values: the gradients and the use of rows, shared
         with self."""
         out = Calibration(held_out=self._held_out)
-        out._row_use, out._gradients = self._row_use, self._gradients
+        for attribute in TOTALS.values():
+            setattr(out, attribute, getattr(self, attribute))
         return out
 
     def merge(self, other: Calibration) -> Calibration:
@@ -332,10 +369,9 @@ class Calibration:
                 mine.merge(added)
             ours.sequences += theirs.sequences
             ours.position += theirs.position
-        for mine_by_name, theirs_by_name in (
-            (self._row_use, other._row_use),
-            (self._gradients, other._gradients),
-        ):
+        for attribute in TOTALS.values():
+            mine_by_name: dict[str, Totals] = getattr(self, attribute)
+            theirs_by_name: dict[str, Totals] = getattr(other, attribute)
             for name, totals in theirs_by_name.items():
                 own = mine_by_name.setdefault(name, Totals(np.zeros(len(totals.sums))))
                 own.sums += totals.sums
@@ -403,7 +439,7 @@ class Calibration:
             for array in (sums.second, sums.sum)
             if array is not None
         ]
-        arrays += [t.sums for t in (*self._row_use.values(), *self._gradients.values())]
+        arrays += [t.sums for kind in TOTALS.values() for t in getattr(self, kind).values()]
         return sum(array.nbytes for array in arrays)
 
     def __contains__(self, name: object) -> bool:
@@ -430,6 +466,20 @@ class Calibration:
         """How often each row of an embedding was used: (rows,) float64; None if not counted."""
         totals = self._row_use.get(layer_name(name))
         return totals.sums.copy() if totals else None
+
+    def row_updates(self, name: str) -> tuple[Array, int] | None:
+        """How many calls of ``update_tokens`` used each row of an embedding, (rows,) float64, and
+        how many there were; None if not counted."""
+        totals = self._row_updates.get(layer_name(name))
+        return (totals.sums.copy(), round(totals.weight)) if totals else None
+
+    def row_gradient(self, name: str) -> tuple[Array, Array] | None:
+        """Sums of the squared norm of the loss's gradient at an embedding's output over the tokens
+        that used each row, and the number of those tokens: (rows,) float64 each; None if not
+        counted."""
+        name = layer_name(name)
+        squares, use = self._row_squares.get(name), self._row_squares_use.get(name)
+        return (squares.sums.copy(), use.sums.copy()) if squares and use else None
 
     def gradient(self, name: str) -> Array | None:
         """Mean square of the loss's gradient at each output of a layer: (out,) float64; None if
@@ -495,6 +545,27 @@ def _rows(name: str, x: Any, mask: Any) -> tuple[Array, Array | None, int]:
     weights = _weights(name, mask, array.shape[:-1])
     tokens = array.shape[-2] if array.ndim > 2 else 0
     return array.reshape(-1, array.shape[-1]), weights, tokens
+
+
+def _ids(name: str, ids: Any) -> Array:
+    """Row numbers as int64."""
+    array = _array(name, ids)
+    if array.dtype.kind not in "iu":
+        raise TensorTypeError(f"{name!r}: token ids are integers, got {array.dtype}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise TensorError(f"{name!r}: token ids up to {array.max()}")
+    return np.ascontiguousarray(array, np.int64)
+
+
+def _count_rows(name: str, ids: Array, weights: Array | None, sums: Array) -> float:
+    """Adds every id's weight to its row's sum, all or nothing; returns what was added."""
+    try:
+        return _core.count_rows(ids, weights, sums)
+    except ValueError:
+        raise TensorError(
+            f"{name!r}: token ids from {ids.min()} to {ids.max()}, expected 0 to {len(sums) - 1}; "
+            "mask padding with mask="
+        ) from None
 
 
 def _weights(name: str, mask: Any, shape: tuple[int, ...]) -> Array | None:

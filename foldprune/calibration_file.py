@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .calibration import Calibration, Inputs, Sums, Totals
+from .calibration import TOTALS, Calibration, Inputs, Sums, Totals
 from .container import write_atomically
 from .encodings import Array
 from .encodings.base import in_range
@@ -27,9 +27,6 @@ __all__ = ["load", "save"]
 VERSION = 1
 _KEY = "foldprune_calibration"
 _MOST = 1 << 53  # of any count
-
-# every dict of totals, by its name in the file
-_TOTALS = {"row_use": "_row_use", "gradients": "_gradients"}
 
 
 def save(calibration: Calibration, path: str) -> None:
@@ -58,7 +55,7 @@ def save(calibration: Calibration, path: str) -> None:
         "inputs": inputs,
         "shared": calibration.shared,
     }
-    for kind, attribute in _TOTALS.items():
+    for kind, attribute in TOTALS.items():
         header[kind] = []
         for i, (name, totals) in enumerate(getattr(calibration, attribute).items()):
             parts[f"{kind}.{i}"] = totals.sums
@@ -178,13 +175,17 @@ def _decode(
             in_range(entry["sequences"], 0, _MOST, "sequences"),
             in_range(entry["position"], 0, _MOST, "position"),
         )
-    for kind, attribute in _TOTALS.items():
+    for kind, attribute in TOTALS.items():
         known: dict[str, Totals] = getattr(calibration, attribute)
-        for i, entry in enumerate(header[kind]):
+        for i, entry in enumerate(header.get(kind, [])):  # the first files had fewer kinds
             array = vector(f"{kind}.{i}")
             if not array.size or (array < 0).any():
                 raise FormatError(f"{kind}.{i}: counts and squares are not negative")
-            known[_name(entry, known)] = Totals(array, _weight(entry))
+            name = _name(entry, known)
+            known[name] = Totals(array, _weight(entry))
+            use = calibration.row_use(name)
+            if kind.startswith("row_") and (use is None or len(use) != len(array)):
+                raise FormatError(f"{kind}.{i}: not of as many rows as were counted")
     for name, source in header["shared"].items():
         calibration.share(name, source)
     if found:

@@ -28,17 +28,24 @@ __all__ = ["SHARES", "Measured", "expected_use"]
 _MEASURED_SHARES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SHARES = np.linspace(0, 1, 101)
 
+_LEAST_UPDATES = 8  # parts of the data, for what is new in one to be told from the others
+_PRIOR_TOKENS = 8  # how many tokens the mean gradient counts for against those of a class of rows
 
-def expected_use(counts: Array) -> Array:
+
+def expected_use(counts: Array, local: Array | None = None) -> Array:
     """How often each row of an embedding is expected to be used, as a share of all tokens, from the
     counts of its use, (rows,).
 
     Rows that the data did not use share the probability that Good and Turing give to the unseen:
-    the share of tokens that were seen once.
+    the share of tokens that were seen once. Words come in bursts, so that this is too little for
+    other texts: ``local`` tells which rows one part of the data alone used, whose tokens are as
+    many as new ones in a part that has not been seen.
     """
     counts = counts.astype(np.float64)
     unseen = counts == 0
     mass = max(float((counts == 1).sum()), 1.0)
+    if local is not None:
+        mass = max(mass, float(counts[local].sum()))
     if unseen.any():
         counts[unseen] = min(mass / float(unseen.sum()), 1.0)
     share: Array = counts / counts.sum()
@@ -148,7 +155,11 @@ class Measured:
         """How often each row of an embedding is expected to be used, as a share of all tokens."""
         for layer in self._layers(name):
             if (counts := self.calibration.row_use(layer)) is not None:
-                return expected_use(counts)
+                updates = self.calibration.row_updates(layer)
+                local = None
+                if updates is not None and updates[1] >= _LEAST_UPDATES:
+                    local = updates[0] == 1
+                return expected_use(counts, local)
         return None
 
     @property
@@ -202,7 +213,13 @@ class Measured:
         gradient = self.gradient(target.name) if self.has_gradients else None
         if gradient is not None:
             # rows that the data did not reach may matter to other data
-            return np.maximum(gradient, 1e-3 * float(gradient.mean()))
+            weight = np.maximum(gradient, 1e-3 * float(gradient.mean()))
+            for block in self.layout.attentions:
+                for matrix in (block.query, block.key):
+                    if matrix.weight == target.name:
+                        rows = matrix.bias_view(np.arange(len(weight)), block.heads)
+                        weight[rows] = self._logit_costs(block, matrix, weight[rows])
+            return weight
         gram = self.require_gram(target.name)
         total = float(row_damage(target.matrix, np.zeros_like(target.matrix), gram)[1].sum())
         terms = self._terms if target.name in self.layout.output_embeddings else 1
@@ -247,8 +264,8 @@ class Measured:
 
     def embedding_scores(self, target: Target) -> Array:
         """Root of the price of every weight of an embedding, (rows, cols) float32: how often the
-        row is used times what an error of the column costs; where the logits come from the same
-        tensor, that too."""
+        row is used, times what an error of such a row costs to the mean one, times what an error
+        of the column costs; where the logits come from the same tensor, that too."""
         matrix = np.abs(target.matrix.astype(np.float32))
         rows, cols = matrix.shape
         use = self.row_use(target.name)
@@ -258,7 +275,8 @@ class Measured:
         if gradient is None:
             energy = float(use @ np.square(matrix, dtype=np.float64).sum(axis=1))
             gradient = np.full(cols, 1 / energy if energy > 0 else 1.0)
-        price = np.outer(use.astype(np.float32), gradient.astype(np.float32))
+        price = np.outer((use * self._row_gradient(target.name, rows)).astype(np.float32), gradient)
+        price = price.astype(np.float32, copy=False)
         gram = self.gram(target.name)
         if gram is not None:
             price += np.outer(
@@ -278,6 +296,27 @@ class Measured:
             if gradient is not None and self.calibration.row_use(layer) is not None:
                 return gradient if len(gradient) == cols else None
         return None
+
+    def _row_gradient(self, name: str, rows: int) -> Array:
+        """Mean square of the loss's gradient where each row of an embedding is used, to that over
+        all tokens: (rows,).
+
+        A rare word says more than a frequent one, and its gradient is larger. Rows are classed by
+        powers of two of their use; those without use are like those used once.
+        """
+        for layer in self._layers(name):
+            found, counts = self.calibration.row_gradient(layer), self.calibration.row_use(layer)
+            if self.has_gradients and found is not None and counts is not None:
+                squares, tokens = found
+                mean = squares.sum() / max(tokens.sum(), 1.0)
+                if mean <= 0:
+                    break
+                classes = np.log2(np.maximum(counts, 1.0)).astype(int)
+                by_class = np.bincount(classes, squares) + _PRIOR_TOKENS * mean
+                by_class /= (np.bincount(classes, tokens) + _PRIOR_TOKENS) * mean
+                scale: Array = by_class[classes]
+                return scale
+        return np.ones(rows)
 
     def _output_weight(self, target: Target, use: Array) -> Array:
         """What a squared error of each logit costs. A token that was never the label is due as
@@ -328,7 +367,8 @@ class Measured:
         query, source = self.query_moments(block), self.source_moments(block)
         if gradient is None or query is None or source is None:
             return None
-        g = block.key.bias_view(gradient, block.heads).reshape(block.groups, -1)
+        g = block.key.bias_view(gradient, block.heads)
+        g = self._logit_costs(block, block.key, g).reshape(block.groups, -1)
         keys = self._output_moments(block, block.key, source, centred=block.rope is None)
         if block.rope:
             pairs = (-1, 2) if block.rope == "adjacent" else (2, -1)
@@ -346,6 +386,23 @@ class Measured:
             lost = (vectors / root) @ u  # A^-1 u_i, up to a rotation that drops out
             losses[j] = (np.maximum(squared, 0.0) * (g[j] @ lost**2))[::-1]
         return losses
+
+    def _logit_costs(self, block: AttentionBlock, matrix: Matrix, gradient: Array) -> Array:
+        """What a squared error of each row of a query or key costs, of which ``gradient`` is the
+        estimate.
+
+        A softmax that is all but certain has no gradient, and yet everything to lose: no head's
+        rows together cost less than the mean head's.
+        """
+        moments = self.query_moments(block) if matrix is block.query else self.source_moments(block)
+        if not block.heads or moments is None:
+            return gradient
+        centred = matrix is block.key and block.rope is None
+        out = self._output_moments(block, matrix, moments, centred)
+        energy = np.einsum("jaa->ja", out)
+        by_head = gradient.reshape(energy.shape)
+        least = (by_head * energy).sum(axis=1).mean() / np.maximum(energy.sum(axis=1), 1e-300)
+        return np.asarray(np.maximum(by_head, least[:, None])).ravel()
 
     def _output_moments(
         self, block: AttentionBlock, matrix: Matrix, moments: Moments, centred: bool

@@ -116,8 +116,13 @@ def damage(w: Array, new: Array, x: Array, cost: Array) -> float:
     return float(cost @ np.square(changed).mean(axis=0))
 
 
-def costs(calibration: Calibration, name: str, outputs: int) -> Array:
-    gradient = calibration.gradient(name)
+def costs(job: Job, measured: Measured, name: str) -> Array:
+    """What an error of each output costs: the mean square of the loss's gradient, where that is
+    known, with a floor; queries and keys have one more, which has a test of its own."""
+    rows = len(job.target(name).matrix)
+    gradient = measured.calibration.gradient(name)
     if gradient is None:
-        return np.ones(outputs)
+        return np.ones(rows)
+    if any(name in (b.query.weight, b.key.weight) for b in job.layout.attentions):
+        return measured.row_weight(job.target(name))
     return np.maximum(gradient, 1e-3 * gradient.mean())

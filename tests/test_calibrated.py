@@ -321,6 +321,7 @@ def test_layers_lose_less_than_by_magnitude(known, family, granularity, gradient
     )
     got = foldprune.compress(model, recipe=recipe, calibration=calibration, threads=1)
     free = foldprune.compress(model, recipe=recipe, threads=1)
+    job, measured = settled(model, calibration)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     checked = 0
     for row in got.report.rows:
@@ -332,7 +333,7 @@ def test_layers_lose_less_than_by_magnitude(known, family, granularity, gradient
             continue  # up and gate only lose rows
         x = met[row.name]
         assert row.error == pytest.approx(error(w, new, x), rel=1e-4)
-        cost = costs(calibration, row.name, len(w))
+        cost = costs(job, measured, row.name)
         assert damage(w, new, x, cost) <= damage(w, other, x, cost)
         checked += 1
     assert checked >= (2 if granularity == "neuron" else 8)

@@ -16,6 +16,7 @@ import pytest
 
 import foldprune
 from foldprune import Calibration, FormatError, TensorError, TensorTypeError, _core
+from foldprune.calibration import TOTALS
 
 DTYPES = {
     "float32": np.dtype("f4"),
@@ -305,7 +306,7 @@ def test_names_and_shared_inputs():
     assert np.array_equal(calibration.moments("v").second, calibration.moments("q").second)
     assert calibration.moments("embed") is None and calibration.moments("o") is None
     assert calibration.row_use("q") is None and calibration.gradient("k") is None
-    assert calibration.nbytes == 8 * (16 + 4 + 9 + 5)
+    assert calibration.nbytes == 8 * (16 + 4 + 2 * 9 + 5)
     assert "4 layers" in repr(calibration) and "6 tokens" in repr(calibration)
     for call in (
         lambda: calibration.update("k", rows((2, 3, 4))),
@@ -337,6 +338,32 @@ def test_row_use_and_gradients():
     assert calibration.row_use("embed").any()
 
 
+def test_what_is_known_by_row():
+    """In how many updates a row was used, and how large the gradient was where it was."""
+    calibration = Calibration()
+    ids = np.array([[3, 3, 5], [5, 7, 0]])
+    mask = np.array([[1, 1, 1], [1, 0.5, 0]])
+    calibration.update_tokens("embed", ids, 9, mask)
+    calibration.update_tokens("embed", np.array([5, 1, 1]), 9)
+    updates, total = calibration.row_updates("embed")
+    assert total == 2 and np.array_equal(updates, [0, 1, 0, 1, 0, 2, 0, 1, 0])
+    assert calibration.row_gradient("embed") is None
+    g = rows((2, 3, 4))
+    g[1, 2] = np.nan  # padding may hold anything
+    calibration.update_gradient("embed", g, mask, ids=ids)
+    calibration.update_gradient("embed", g[:1], ids=ids[:1].astype(np.uint16))
+    squares, tokens = calibration.row_gradient("embed")
+    weights = np.stack([mask[0] + 1, mask[1]])
+    norms = np.square(np.nan_to_num(g), dtype=np.float64).sum(-1)
+    assert close(squares, np.bincount(ids.ravel(), (weights * norms).ravel(), 9))
+    assert np.array_equal(tokens, np.bincount(ids.ravel(), weights.ravel(), 9))
+    assert close(squares.sum() / tokens.sum(), calibration.gradient("embed").sum())
+
+
+def g5() -> np.ndarray:
+    return rows((5, 2))
+
+
 NAN = rows((2, 3, 4))
 NAN[1, 0, 2] = np.nan
 
@@ -364,6 +391,10 @@ NAN[1, 0, 2] = np.nan
         (TensorError, "no token ids", lambda c: c.update_tokens("a", np.zeros(0, int), 7)),
         (TensorTypeError, "integers", lambda c: c.update_tokens("a", np.ones(3), 9)),
         (TensorError, "gradients of row 3", lambda c: c.update_gradient("b", NAN)),
+        (TensorError, "ids of 3 tokens", lambda c: c.update_gradient("e", g5(), ids=np.arange(3))),
+        (TensorError, "not counted yet", lambda c: c.update_gradient("b", g5(), ids=np.arange(5))),
+        (TensorError, "from 5 to 9", lambda c: c.update_gradient("e", g5(), ids=np.arange(5) + 5)),
+        (TensorTypeError, "integers", lambda c: c.update_gradient("e", g5(), ids=np.ones(5))),
         (TensorError, "3 outputs, but 2", lambda c: c.update_gradient("a", np.ones((2, 3)))),
     ],
 )
@@ -407,7 +438,7 @@ def state(calibration: Calibration) -> tuple[Any, ...]:
     }
     totals = [
         {name: (t.weight, t.sums.tobytes()) for name, t in by_name.items()}
-        for by_name in (calibration._row_use, calibration._gradients)
+        for by_name in (getattr(calibration, attribute) for attribute in TOTALS.values())
     ]
     return inputs, calibration.shared, *totals, calibration.held_out
 
@@ -448,6 +479,7 @@ def counted(parts: list[np.ndarray], held_out: int | None = 4) -> Calibration:
         calibration.update("flat", x.reshape(-1, x.shape[-1]))
         calibration.update_tokens("embed", (x[..., 0] > 0).astype(int), 2)
         calibration.update_gradient("q", x[..., :2])
+        calibration.update_gradient("embed", x[..., :2], ids=(x[..., 0] > 0).astype(int))
     calibration.share("k", "q")
     return calibration
 
@@ -466,6 +498,8 @@ def test_merged_shards_equal_one_count(cut):
             assert close(have.held, want.held) and close(have.fit, want.fit)
     assert np.array_equal(left.row_use("embed"), together.row_use("embed"))
     assert close(left.gradient("q"), together.gradient("q"))
+    assert close(left.row_gradient("embed")[0], together.row_gradient("embed")[0])
+    assert np.array_equal(left.row_updates("embed")[0], together.row_updates("embed")[0])
     assert left.names == together.names
     tail = rows((1, 128, 5), seed=99)  # sequences are counted on
     for calibration in (left, together):
@@ -599,6 +633,7 @@ def rewritten(path: Any, change: Any) -> None:
         lambda h, o: h["shared"].update(k="nobody"),
         lambda h, o: h["shared"].update(flat="q"),
         lambda h, o: h["row_use"].clear(),
+        lambda h, o: h["row_squares"][0].update(name="q"),
         lambda h, o: h["gradients"][0].update(weight="1"),
         lambda h, o: h["crc32"].pop("inputs.0.fit.sum"),
         lambda h, o: h["crc32"].update(extra=0),

@@ -3,6 +3,7 @@ compression then removes, and the table that shows them."""
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from typing import Any
@@ -50,8 +51,8 @@ def test_damage_of_pruning(known, family, gradients):
         unit = measured.fpp_unit(target)
         assert np.array_equal(unit.removed, SHARES * w.size) and unit.smooth
         assert unit.damage[0] == 0 and (np.diff(unit.damage) >= 0).all()
-        whole = damage(w, 0 * w, x, costs(calibration, name, len(w)))
-        cost = costs(calibration, name, len(w)) / (1.0 if gradients else whole)
+        whole = damage(w, 0 * w, x, costs(job, measured, name))
+        cost = costs(job, measured, name) / (1.0 if gradients else whole)
         assert unit.damage[-1] == pytest.approx(damage(w, 0 * w, x, cost), rel=1e-6)
         for share in (0.2, 0.5, 0.8):
             smallest = np.abs(w) <= np.quantile(np.abs(w), share)
@@ -67,6 +68,7 @@ def test_compression_loses_what_the_curve_says_or_less(known, family, gradients)
     """Better dampings and swaps come on top of the sweep that the curve is measured with."""
     model, calibration = known(family, gradients)
     table = foldprune.sensitivity(model, calibration, threads=1)
+    job, measured = settled(model, calibration)
     state, met = state_of(model), inputs(model)
     on = ("feed_forward", "attention_output", "qkv")
     for share in (0.4, 0.6, 0.8):
@@ -76,7 +78,7 @@ def test_compression_loses_what_the_curve_says_or_less(known, family, gradients)
             if "FPP" not in row.method:
                 continue
             w, new = (out_in(model, row.name, s) for s in (state, got))
-            cost = costs(calibration, row.name, len(w))
+            cost = costs(job, measured, row.name)
             if not gradients:
                 cost = cost / damage(w, 0 * w, met[row.name], cost)
             (point,) = [p for p in table.curve(row.name, "FPP") if abs(p.setting - share) < 1e-9]
@@ -117,6 +119,65 @@ def test_use_of_rows(known):
     assert settled(model, Calibration())[1].row_use(name) is None
 
 
+def test_words_come_in_bursts(known):
+    """What one part of the data alone used tells how much is new in another part."""
+    model, _ = known("llama-gqa")
+    calibration = Calibration()
+    for part in range(8):  # each with two words of its own, five times each
+        ids = np.r_[[40] * 10, [part] * 5, [part + 8] * 5]
+        calibration.update_tokens("model.embed_tokens", ids, 89)
+    name = "model.embed_tokens.weight"
+    use = settled(model, calibration)[1].row_use(name)
+    unseen = np.setdiff1d(np.arange(89), [40, *range(16)])
+    assert use[unseen].sum() == pytest.approx(min(80, len(unseen)) / (160 + len(unseen)))
+    few = measured_with(model, np.r_[[40] * 80, np.repeat(np.arange(16), 5)]).row_use(name)
+    assert few[unseen].sum() == pytest.approx(1 / 161)  # one part alone tells nothing
+
+
+def rare_to_mean(calibration: Calibration, name: str) -> Array:
+    """Mean square of the gradient where words about as frequent are used, to the mean over all
+    tokens; eight tokens of the mean are added to every class."""
+    squares, tokens = calibration.row_gradient(name)
+    mean = squares.sum() / tokens.sum()
+    counts = calibration.row_use(name)
+    classes = np.array([int(np.log2(count)) if count else 0 for count in counts])
+    out = np.empty(len(counts))
+    for one in set(classes):
+        own = classes == one
+        out[own] = (squares[own].sum() + 8 * mean) / (tokens[own].sum() + 8) / mean
+    return out
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama-gqa"])
+def test_a_saturated_head_is_no_cheaper_than_the_mean_head(known, family):
+    """Where the softmax is all but certain, the gradient says nothing."""
+    model, calibration = known(family)
+    calibration = copy.deepcopy(calibration)
+    job, measured = settled(model, calibration)
+    block = job.layout.attentions[0]
+    for matrix in (block.query, block.key):
+        sums = calibration._gradients[matrix.weight.removesuffix(".weight")].sums
+        size = block.head_dim
+        first = matrix.bias_view(np.arange(len(sums)), block.heads)[:size]
+        sums[first] *= 1e-9
+        target = job.target(matrix.weight)
+        weight = measured.row_weight(target)
+        own = matrix.bias_view(weight, block.heads).reshape(-1, size)
+        rows = matrix.view(job.arrays[matrix.weight], block.heads).astype(np.float64)
+        bias = 0.0
+        if matrix.bias is not None:
+            bias = matrix.bias_view(job.arrays[matrix.bias], block.heads).astype(np.float64)
+        moments = measured.moments(matrix.weight)
+        out = np.einsum("rc,cd,rd->r", rows, moments.covariance, rows)
+        if matrix is block.query or block.rope:
+            out += (rows @ moments.mean + bias) ** 2
+        cost = own * out.reshape(own.shape)
+        whole = sums / calibration._gradients[matrix.weight.removesuffix(".weight")].weight
+        estimate = matrix.bias_view(whole, block.heads).reshape(own.shape) * out.reshape(own.shape)
+        assert cost[0].sum() == pytest.approx(estimate.sum() / len(own), rel=0.02)
+        assert (cost.sum(axis=1) > 0.98 * estimate.sum() / len(own)).all()
+
+
 @pytest.mark.parametrize("gradients", [0, 16])
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-tied", "gpt2", "bert"])
 def test_damage_of_embeddings(known, family, gradients):
@@ -132,7 +193,8 @@ def test_damage_of_embeddings(known, family, gradients):
     assert use is not None
     column = calibration.gradient(name)
     column = 1 / (use @ np.square(w).sum(axis=1)) * np.ones(48) if column is None else column
-    price = np.square(w) * np.outer(use, column)
+    rare = rare_to_mean(calibration, name) if gradients else 1.0
+    price = np.square(w) * np.outer(use * rare, column)
     if family != "llama-gqa":
         head = "cls.predictions.decoder.weight" if family == "bert" else "lm_head.weight"
         x = inputs(model)[head]
@@ -213,6 +275,8 @@ def test_damage_of_folds(known, family, gradients):
         ):
             gradient = calibration.gradient(matrix.weight)
             rows = None if gradient is None else matrix.bias_view(gradient, block.heads)
+            if rows is not None and kind == "IRC":
+                rows = measured._logit_costs(block, matrix, rows)
             curve = curve_of(block, job.arrays, 1, moments)
             units = measured.fold_units(block, kind)
             assert [u.name for u in units] == [f"{block.name}:{j}" for j in range(block.groups)]

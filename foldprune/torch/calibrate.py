@@ -347,23 +347,31 @@ class _Collector:
         graph begins at the first outputs, so that parameters take no part in it."""
         leaves: list[torch.Tensor] = []
 
-        def add(name: str, gradient: torch.Tensor) -> None:
+        def add(name: str, ids: torch.Tensor | None, gradient: torch.Tensor) -> None:
             gradient, mask = as_tokens(batch, name, gradient)
-            self.calibration.update_gradient(name, gradient, mask, threads=self.threads)
+            if ids is not None:
+                ids = ids.reshape(gradient.shape[:-1])
+            self.calibration.update_gradient(name, gradient, mask, ids=ids, threads=self.threads)
 
         def watch(
-            name: str, _: torch.nn.Module, args: tuple[Any, ...], output: Any
+            name: str,
+            _: torch.nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Any,
         ) -> torch.Tensor:
             if not output.requires_grad:
                 leaves.append(output.detach().requires_grad_())
                 output = leaves[-1]
             output = output.clone()  # a leaf or a view, changed in place, would lose the hook
-            output.register_hook(partial(add, name))
+            ids = _first(args, kwargs) if name in self.embeddings else None
+            output.register_hook(partial(add, name, ids))
             return output
 
         with ExitStack() as stack:
             for name, module in {**self.embeddings, **self.linear}.items():
-                stack.callback(module.register_forward_hook(partial(watch, name)).remove)
+                hook = partial(watch, name)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             with naming(batch.index), torch.enable_grad():
                 value = loss(self.model, batch.value) if loss else self._own_loss(batch)
                 if value is None:
@@ -444,7 +452,11 @@ def _call_with_input(
     kwargs: dict[str, Any],
 ) -> None:
     """A forward pre-hook."""
-    action(args[0] if args else next(iter(kwargs.values())))
+    action(_first(args, kwargs))
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _width(module: torch.nn.Module) -> int:
