@@ -36,8 +36,8 @@ size_t fp_dtype_size(fp_dtype dtype); /* bytes per element; 0 for another one, F
 typedef struct fp_kernels fp_kernels;
 
 /* The variant in use: the best one this processor runs, or the one that the environment
- * variable FOLDPRUNE_ISA names ("scalar", "avx2", "avx512", "neon"). NULL if that one cannot
- * be used here. */
+ * variable FOLDPRUNE_ISA names ("scalar", "avx2", "avx512", "avx512vpopcntdq", "neon"). NULL if
+ * that one cannot be used here. */
 const fp_kernels *fp_kernels_default(void);
 
 /* Variant by name, or NULL if it is not compiled in or the processor lacks it. */

@@ -1,4 +1,4 @@
-/* Products with tiles, sixteen floats at a time. */
+/* Products with tiles on AVX-512: values spread by vpexpand. */
 #include "matmul.h"
 
 #if defined(__x86_64__)
@@ -9,91 +9,15 @@
 
 FP_TARGET_BEGIN(FP_AVX512_FEATURES)
 
-enum { LANES = 16 };
-typedef __m512 vector;
-
-static inline vector load(const float *x)
-{
-    return _mm512_loadu_ps(x);
-}
-
-static inline void store(float *x, vector v)
-{
-    _mm512_storeu_ps(x, v);
-}
-
-static inline vector splat(float a)
-{
-    return _mm512_set1_ps(a);
-}
-
-static inline vector zero(void)
-{
-    return _mm512_setzero_ps();
-}
-
-static inline vector add(vector a, vector b)
-{
-    return _mm512_add_ps(a, b);
-}
-
-static inline vector muladd(vector a, vector b, vector c)
-{
-    return _mm512_fmadd_ps(a, b, c);
-}
-
-static inline size_t lowest_bit(uint64_t m)
-{
-    return _tzcnt_u64(m);
-}
-
-static inline __m256 halves_sum(vector a)
-{
-    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-}
-
-static inline void reduce4(vector a, vector b, vector c, vector d, float *y)
-{
-    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves_sum(a), halves_sum(b)),
-                                  _mm256_hadd_ps(halves_sum(c), halves_sum(d)));
-    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-}
-
-static inline size_t mask_bits(const uint8_t *mask, int v)
+/* Between registers: from memory the instruction is slow on Zen 4. */
+static inline __m512 spread(__m512 v, const uint8_t *mask, int part)
 {
     uint16_t bits;
-    memcpy(&bits, mask + 2 * v, sizeof bits);
-    return bits;
+    memcpy(&bits, mask + 2 * part, sizeof bits);
+    return _mm512_maskz_expand_ps(bits, v);
 }
 
-/* Expanded between registers: from memory the instruction is slow on Zen 4. */
-static inline vector expand_f32(const float *values, size_t bits)
-{
-    return _mm512_maskz_expand_ps((__mmask16)bits, _mm512_loadu_ps(values));
-}
-
-static inline vector expand_f16(const uint16_t *values, size_t bits)
-{
-    vector wide = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)values));
-    return _mm512_maskz_expand_ps((__mmask16)bits, wide);
-}
-
-static inline vector expand_bf16(const uint16_t *values, size_t bits)
-{
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values));
-    wide = _mm512_slli_epi32(wide, 16);
-    return _mm512_maskz_expand_ps((__mmask16)bits, _mm512_castsi512_ps(wide));
-}
-
-static inline vector expand_i8(const int8_t *values, size_t bits)
-{
-    vector wide =
-        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)values)));
-    return _mm512_maskz_expand_ps((__mmask16)bits, wide);
-}
-
-#include "matmul_loop.h"
-#include "matmul_vector.h"
+#include "matmul_avx512.h"
 
 const fp_matmul_kernels fp_matmul_avx512 = {
     .forward = forward,

@@ -1,8 +1,9 @@
 /* The vector kernels of the matmul family, for instruction sets that expand values by a mask fast.
  * Beside what matmul_loop.h needs, a variant's file defines for every type of values
  *
- *     expand_<suffix>(values, bits): LANES floats, the next values where a bit is set, 0 elsewhere;
- *         may read LANES values;
+ *     mask_bits(mask, part): the bits of the part-th LANES columns;
+ *     expand_<suffix>(values, mask, part): LANES floats, the next values where one of these bits is
+ *         set, 0 elsewhere; may read LANES values;
  *
  * and includes this file after matmul_loop.h. */
 
@@ -29,7 +30,7 @@
                 FP_UNROLL                                                                          \
                 for (int v = 0; v < FP_TILE / LANES; v++) {                                        \
                     size_t bits = mask_bits(bytes, v);                                             \
-                    vector w = expand_##suffix(values, bits);                                      \
+                    vector w = expand_##suffix(values, bytes, v);                                  \
                     values += __builtin_popcountll(bits);                                          \
                     FP_UNROLL                                                                      \
                     for (int t = 0; t < tokens; t++) {                                             \

@@ -55,6 +55,7 @@ static inline uint64_t matches(const float *s, uint32_t high)
 }
 
 FP_DEFINE_SCORE_LOOPS(avx2, 8, 32)
+FP_DEFINE_KERNELS(avx2, avx2);
 
 FP_TARGET_END
 #endif

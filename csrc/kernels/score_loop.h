@@ -48,10 +48,12 @@
             }                                                                                      \
         }                                                                                          \
         fp_histogram_low_scalar(s + i, n - i, high, histogram);                                    \
-    }                                                                                              \
-                                                                                                   \
-    const fp_kernels fp_kernels_##isa = {                                                          \
-        .name = #isa,                                                                              \
+    }
+
+/* The table `name`: matmul by the same name, all else by isa. */
+#define FP_DEFINE_KERNELS(name_, isa)                                                              \
+    const fp_kernels fp_kernels_##name_ = {                                                        \
+        .name = #name_,                                                                            \
         .count_bits = fp_count_bits_##isa,                                                         \
         .pack16 = fp_pack16_##isa,                                                                 \
         .pack32 = fp_pack32_##isa,                                                                 \
@@ -63,7 +65,7 @@
         .mask_above = mask_above,                                                                  \
         .histogram_low = histogram_low,                                                            \
         .softmax = &fp_softmax_##isa,                                                              \
-        .matmul = &fp_matmul_##isa,                                                                \
-    };
+        .matmul = &fp_matmul_##name_,                                                              \
+    }
 
 #endif

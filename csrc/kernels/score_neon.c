@@ -66,4 +66,5 @@ static inline uint64_t matches(const float *s, uint32_t high)
 }
 
 FP_DEFINE_SCORE_LOOPS(neon, 8, 64)
+FP_DEFINE_KERNELS(neon, neon);
 #endif

@@ -25,5 +25,7 @@
 /* What cpu.c checks before it chooses the variant, and nothing more. */
 #define FP_AVX2_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt"
 #define FP_AVX512_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq"
+#define FP_AVX512VPOPCNTDQ_FEATURES                                                                \
+    "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq"
 
 #endif

@@ -14,8 +14,10 @@
 
 #undef FP_AVX2_FEATURES
 #undef FP_AVX512_FEATURES
+#undef FP_AVX512VPOPCNTDQ_FEATURES
 #define FP_AVX2_FEATURES "sse2"
 #define FP_AVX512_FEATURES "sse2"
+#define FP_AVX512VPOPCNTDQ_FEATURES "sse2"
 
 /* SIMDe's are not fused without the hardware. */
 #define FP_SHIM_FMA(bits, lanes)                                                                   \
