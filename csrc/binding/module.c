@@ -1,7 +1,11 @@
 /* The extension module foldprune._core. */
 #define FOLDPRUNE_IMPORT_ARRAY
 #include "binding.h"
+
+#include <string.h>
+
 #include "lapack.h"
+#include "parallel.h"
 
 static PyObject *py_isa(PyObject *module, PyObject *ignored)
 {
@@ -27,9 +31,23 @@ static PyObject *py_isas(PyObject *module, PyObject *ignored)
 #define METHOD(name)                                                                               \
     {#name, (PyCFunction)(void (*)(void))py_##name, METH_VARARGS | METH_KEYWORDS, NULL}
 
+/* use_team(address of GOMP_parallel; 0 for the core's own pool) */
+static PyObject *py_use_team(PyObject *module, PyObject *address)
+{
+    (void)module;
+    void *found = PyLong_AsVoidPtr(address);
+    if (!found && PyErr_Occurred())
+        return NULL;
+    fp_team team;
+    memcpy(&team, &found, sizeof team); /* POSIX: a function's address is a void pointer's bits */
+    fp_parallel_use(team);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"isa", py_isa, METH_NOARGS, NULL},
     {"isas", py_isas, METH_NOARGS, NULL},
+    {"use_team", py_use_team, METH_O, NULL},
     METHOD(all_finite),
     METHOD(energy),
     METHOD(histogram),

@@ -91,9 +91,12 @@ static void *serve(void *argument)
     return NULL;
 }
 
+static _Atomic(fp_team) team;
+
 /* A child process has this thread alone: its pool starts anew. */
 static void after_fork(void)
 {
+    atomic_store(&team, NULL);
     static const struct pool fresh = {.caller = PTHREAD_MUTEX_INITIALIZER,
                                       .lock = PTHREAD_MUTEX_INITIALIZER,
                                       .posted = PTHREAD_COND_INITIALIZER,
@@ -106,10 +109,15 @@ static void register_fork(void)
     pthread_atfork(NULL, NULL, after_fork);
 }
 
-static void start_workers(int count)
+static void watch_forks(void)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, register_fork);
+}
+
+static void start_workers(int count)
+{
+    watch_forks();
     pthread_attr_t attributes;
     if (pool.workers >= count || pthread_attr_init(&attributes))
         return;
@@ -150,18 +158,50 @@ static void run_pooled(size_t items, int threads, fp_task task, void *context)
     pthread_mutex_unlock(&pool.lock);
 }
 
+/* ---- the host's team ---- */
+
+typedef struct team_job {
+    fp_task task;
+    void *context;
+    size_t items;
+    atomic_size_t next;
+    atomic_int workers; /* that have come */
+} team_job;
+
+static void join_team(void *data)
+{
+    team_job *job = data;
+    int worker = atomic_fetch_add(&job->workers, 1);
+    for (size_t item; (item = atomic_fetch_add(&job->next, 1)) < job->items;)
+        job->task(job->context, item, worker);
+}
+
+void fp_parallel_use(fp_team lent)
+{
+    watch_forks();
+    atomic_store(&team, lent);
+}
+
+/* ---- */
+
 int fp_clamp_threads(int threads)
 {
     return threads < 1 ? 1 : threads > FP_MAX_THREADS ? FP_MAX_THREADS : threads;
 }
 
-/* The pool serves one call at a time; another one that comes meanwhile, from another thread or
- * from inside a task, does its work itself. */
+/* A team is the calling thread's own. The pool serves one call at a time; another one that comes
+ * meanwhile, from another thread or from inside a task, does its work itself. */
 void fp_parallel_for(size_t items, int threads, fp_task task, void *context)
 {
     threads = fp_clamp_threads(threads);
     if ((size_t)threads > items)
         threads = items ? (int)items : 1;
+    fp_team lent = threads > 1 ? atomic_load(&team) : NULL;
+    if (lent) {
+        team_job job = {.task = task, .context = context, .items = items};
+        lent(join_team, &job, (unsigned)threads, 0);
+        return;
+    }
     if (threads > 1 && !pthread_mutex_trylock(&pool.caller)) {
         run_pooled(items, threads, task, context);
         pthread_mutex_unlock(&pool.caller);

@@ -9,6 +9,7 @@ from .recover import Recovery, recover
 from .refold import refold
 from .sequential import compress
 from .tensors import from_numpy, to_numpy
+from .threads import share_threads
 from .training import FPP, Event, Schedule
 
 __all__ = [
@@ -28,3 +29,5 @@ __all__ = [
     "to_compressed",
     "to_numpy",
 ]
+
+share_threads()
