@@ -167,16 +167,7 @@ void fp_transpose_avx2(const float *x, size_t x_stride, size_t rows, size_t cols
                         y + whole_rows, y_stride);
 }
 
-const fp_matmul_kernels fp_matmul_avx2 = {
-    .forward = forward,
-    .backward = backward,
-    .gradient = gradient,
-    .vector_f32 = vector_f32,
-    .vector_f16 = vector_f16,
-    .vector_bf16 = vector_bf16,
-    .vector_i8 = vector_i8,
-    .transpose = fp_transpose_avx2,
-};
+FP_DEFINE_MATMUL(avx2);
 
 FP_TARGET_END
 #endif

@@ -27,16 +27,7 @@ static inline __m512 spread(__m512 v, const uint8_t *mask, int part)
 
 #include "matmul_avx512.h"
 
-const fp_matmul_kernels fp_matmul_avx512vpopcntdq = {
-    .forward = forward,
-    .backward = backward,
-    .gradient = gradient,
-    .vector_f32 = vector_f32,
-    .vector_f16 = vector_f16,
-    .vector_bf16 = vector_bf16,
-    .vector_i8 = vector_i8,
-    .transpose = fp_transpose_avx2,
-};
+FP_DEFINE_MATMUL(avx512vpopcntdq);
 
 FP_TARGET_END
 #endif

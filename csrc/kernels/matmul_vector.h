@@ -5,7 +5,7 @@
  *     expand_<suffix>(values, mask, part): LANES floats, the next values where one of these bits is
  *         set, 0 elsewhere; may read LANES values;
  *
- * and includes this file after matmul_loop.h. */
+ * and includes this file after matmul_loop.h, and ends with FP_DEFINE_MATMUL(isa). */
 
 /* Every row's sums have lanes of their own until the end: rows of a tile share the vectors of x,
  * which stay in registers where there is one token. Few sums go through two chains each, as the
@@ -75,3 +75,16 @@ DEFINE_BODY(float, f32)
 DEFINE_BODY(uint16_t, f16)
 DEFINE_BODY(uint16_t, bf16)
 DEFINE_BODY(int8_t, i8)
+
+/* The variant's table. */
+#define FP_DEFINE_MATMUL(isa)                                                                      \
+    const fp_matmul_kernels fp_matmul_##isa = {                                                    \
+        .forward = forward,                                                                        \
+        .backward = backward,                                                                      \
+        .gradient = gradient,                                                                      \
+        .vector_f32 = vector_f32,                                                                  \
+        .vector_f16 = vector_f16,                                                                  \
+        .vector_bf16 = vector_bf16,                                                                \
+        .vector_i8 = vector_i8,                                                                    \
+        .transpose = fp_transpose_avx2,                                                            \
+    }
