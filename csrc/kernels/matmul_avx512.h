@@ -80,8 +80,9 @@ static inline vector expand_bf16(const uint16_t *values, const uint8_t *mask, in
 
 static inline vector expand_i8(const int8_t *values, const uint8_t *mask, int part)
 {
-    __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)values));
-    return spread(_mm512_cvtepi32_ps(wide), mask, part);
+    vector wide =
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)values)));
+    return spread(wide, mask, part);
 }
 
 #include "matmul_loop.h"
