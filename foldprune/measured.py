@@ -29,6 +29,7 @@ _MEASURED_SHARES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SHARES = np.linspace(0, 1, 101)
 
 _LEAST_UPDATES = 8  # parts of the data, for what is new in one to be told from the others
+_LEAST_HEAD = 1e-3  # of the mean head's size, for a smaller head's costs
 _PRIOR_TOKENS = 8  # how many tokens the mean gradient counts for against those of a class of rows
 
 
@@ -216,7 +217,7 @@ class Measured:
             weight = np.maximum(gradient, 1e-3 * float(gradient.mean()))
             for block in self.layout.attentions:
                 for matrix in (block.query, block.key):
-                    if matrix.weight == target.name:
+                    if matrix.weight == target.name and block.heads:
                         rows = matrix.bias_view(np.arange(len(weight)), block.heads)
                         weight[rows] = self._logit_costs(block, matrix, weight[rows])
             return weight
@@ -275,8 +276,8 @@ class Measured:
         if gradient is None:
             energy = float(use @ np.square(matrix, dtype=np.float64).sum(axis=1))
             gradient = np.full(cols, 1 / energy if energy > 0 else 1.0)
-        price = np.outer((use * self._row_gradient(target.name, rows)).astype(np.float32), gradient)
-        price = price.astype(np.float32, copy=False)
+        by_row = use * self._row_gradient(target.name, rows)
+        price = np.outer(by_row.astype(np.float32), gradient.astype(np.float32))
         gram = self.gram(target.name)
         if gram is not None:
             price += np.outer(
@@ -380,6 +381,8 @@ class Measured:
         losses = np.zeros(g.shape)
         for j, second in enumerate(queries.reshape(block.groups, -1, *queries.shape[1:]).sum(1)):
             values, vectors = np.linalg.eigh(second)
+            if values[-1] <= 0:  # queries of zeros: keys do not matter
+                continue
             root = np.sqrt(np.maximum(values, values[-1] * 1e-12))
             a = vectors * root
             squared, u = np.linalg.eigh(a.T @ keys[j] @ a)
@@ -395,14 +398,18 @@ class Measured:
         rows together cost less than the mean head's.
         """
         moments = self.query_moments(block) if matrix is block.query else self.source_moments(block)
-        if not block.heads or moments is None:
+        if moments is None:
             return gradient
         centred = matrix is block.key and block.rope is None
         out = self._output_moments(block, matrix, moments, centred)
         energy = np.einsum("jaa->ja", out)
         by_head = gradient.reshape(energy.shape)
-        least = (by_head * energy).sum(axis=1).mean() / np.maximum(energy.sum(axis=1), 1e-300)
-        return np.asarray(np.maximum(by_head, least[:, None])).ravel()
+        mean_cost = float((by_head * energy).sum(axis=1).mean())
+        size = energy.sum(axis=1)
+        size = np.maximum(size, _LEAST_HEAD * size.mean())  # a head of zeros stays cheap
+        if not size.all():
+            return gradient
+        return np.asarray(np.maximum(by_head, mean_cost / size[:, None])).ravel()
 
     def _output_moments(
         self, block: AttentionBlock, matrix: Matrix, moments: Moments, centred: bool

@@ -178,6 +178,23 @@ def test_a_saturated_head_is_no_cheaper_than_the_mean_head(known, family):
         assert (cost.sum(axis=1) > 0.98 * estimate.sum() / len(own)).all()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("zeroed", ["one head", "all heads"])
+def test_heads_of_zeros_have_finite_costs(known, zeroed):
+    model, calibration = known("bert")
+    model = copy.deepcopy(model)
+    query = model.bert.encoder.layer[0].attention.self.query
+    rows = slice(None) if zeroed == "all heads" else slice(query.out_features // 4)
+    query.weight.data[rows] = query.bias.data[rows] = 0
+    job, measured = settled(model, calibration)
+    weight = measured.row_weight(job.target("bert.encoder.layer.0.attention.self.query.weight"))
+    assert np.isfinite(weight).all() and (weight > 0).all()
+    for unit in measured.fold_units(job.layout.attentions[0], "IRC"):
+        assert np.isfinite(unit.damage).all()
+    got = foldprune.compress(model, 0.3, calibration=calibration, threads=1)
+    assert got.report.removed >= 0.295  # and what heads of zeros leave free
+
+
 @pytest.mark.parametrize("gradients", [0, 16])
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-tied", "gpt2", "bert"])
 def test_damage_of_embeddings(known, family, gradients):
