@@ -313,11 +313,10 @@ class Calibration:
         self, name: str, rows: Array, weights: Array | None, ids: Array
     ) -> None:
         use = self._row_use.get(name)
-        if use is None or len(ids) != len(rows):
-            raise TensorError(
-                f"{name!r}: ids of {len(ids)} tokens with gradients of {len(rows)}, rows "
-                f"{'not counted yet (update_tokens)' if use is None else 'counted'}"
-            )
+        if use is None:
+            raise TensorError(f"{name!r}: its rows are not counted yet: update_tokens comes first")
+        if len(ids) != len(rows):
+            raise TensorError(f"{name!r}: ids of {len(ids)} tokens, gradients of {len(rows)}")
         known = np.ones(len(rows)) if weights is None else weights
         counted = known > 0
         squares = np.zeros(len(rows))

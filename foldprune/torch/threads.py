@@ -19,14 +19,16 @@ __all__ = ["share_threads"]
 def share_threads() -> bool:
     """Lets the core run in the OpenMP team of torch's own runtime; False where none is found (the
     core then keeps its own pool: other systems than Linux, other builds)."""
-    address = _parallel_of(torch.__path__[0])
+    folder = torch.__path__[0]
+    # wheels have it in torch/lib, or in torch.libs where it was bundled afterwards
+    address = _parallel_of((folder + os.sep, f"{folder}.libs{os.sep}"))
     _core.use_team(address)
     return address != 0
 
 
-def _parallel_of(folder: str) -> int:
-    """The address of GOMP_parallel in the OpenMP library that this process has loaded from a
-    folder; 0 if there is none."""
+def _parallel_of(folders: tuple[str, ...]) -> int:
+    """The address of GOMP_parallel in the OpenMP library that this process has loaded from one of
+    the folders; 0 if there is none."""
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
             mapped = {line.split(maxsplit=5)[-1].strip() for line in file}
@@ -34,7 +36,7 @@ def _parallel_of(folder: str) -> int:
         return 0
     for path in sorted(mapped):
         name = os.path.basename(path)
-        if path.startswith(folder + os.sep) and name.startswith(("libgomp", "libiomp5", "libomp")):
+        if path.startswith(folders) and name.startswith(("libgomp", "libiomp5", "libomp")):
             function = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
             if function is not None:
                 return ctypes.cast(function, ctypes.c_void_p).value or 0
