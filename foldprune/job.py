@@ -1,7 +1,7 @@
 """One call of ``compress``: reads the model, applies the methods to its tensors, collects the
 results.
 
-The methods themselves are in attention.py and prune.py; how a rate is spread over them in
+The methods themselves are in irc.py, dwc.py and prune.py; how a rate is spread over them in
 spread.py.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _core, attention, schemas, tensors
+from . import _core, dwc, irc, schemas, tensors
 from .calibration import Moments
 from .compressed import Compressed
 from .encodings import Array, Dense, Encoding, Fused, nbytes
@@ -27,6 +27,7 @@ from .errors import (
     TensorTypeError,
     UnmatchedTensorWarning,
 )
+from .fold import Fold, Refused, exact_in
 from .options import Progress, resolve_config
 from .prune import (
     Cut,
@@ -219,7 +220,7 @@ class Job:
             "IRC",
             {"query": block.query, "key": block.key},
             self.refusal(block, "irc", block.query, exact=ranks is None),
-            lambda: attention.irc(block, self.arrays, ranks, self.threads, moments, source),
+            lambda: irc.fold(block, self.arrays, ranks, self.threads, moments, source),
             method,
         )
 
@@ -236,7 +237,7 @@ class Job:
             "DWC",
             {"value": block.value},
             self.refusal(block, "dwc", block.value, exact),
-            lambda: attention.dwc(block, self.arrays, mode, self.threads, moments),
+            lambda: dwc.fold(block, self.arrays, mode, self.threads, moments),
             method,
         )
         if fold is not None:
@@ -247,14 +248,14 @@ class Job:
         name: str,
         matrices: Mapping[str, Matrix],
         reason: str | None,
-        make: Callable[[], attention.Fold],
+        make: Callable[[], Fold],
         method: str,
-    ) -> attention.Fold | None:
+    ) -> Fold | None:
         """Keeps the fold, unless there is a reason not to; the fold if it was kept."""
         if reason is None:
             try:
                 fold = make()
-            except attention.Refused as error:
+            except Refused as error:
                 reason = str(error)
             else:
                 if self._smaller(fold, matrices):
@@ -270,7 +271,7 @@ class Job:
         if method in block.forbidden:
             return block.forbidden[method]
         dtype = self.arrays[matrix.weight].dtype
-        if exact and not attention.exact_in(dtype):
+        if exact and not exact_in(dtype):
             return (
                 f"in {dtype} a change of gauge would re-round every weight, which is not lossless"
             )
@@ -289,14 +290,14 @@ class Job:
         for text in self.refused:
             warnings.warn(text, FoldRefusedWarning, stacklevel=4)
 
-    def _smaller(self, fold: attention.Fold, matrices: Mapping[str, Matrix]) -> bool:
+    def _smaller(self, fold: Fold, matrices: Mapping[str, Matrix]) -> bool:
         before = after = 0
         for role, matrix in matrices.items():
             before += matrix.rows * matrix.cols * self.arrays[matrix.weight].dtype.itemsize
             after += nbytes(fold.weights[role])
         return after < before
 
-    def _keep(self, fold: attention.Fold, matrices: Mapping[str, Matrix], method: str) -> None:
+    def _keep(self, fold: Fold, matrices: Mapping[str, Matrix], method: str) -> None:
         for role, matrix in matrices.items():
             pairs = [(matrix.weight, fold.weights[role])]
             if matrix.bias is not None:
@@ -306,7 +307,7 @@ class Job:
                 self.methods.setdefault(name, []).append(method)
                 self.errors.setdefault(name, []).append(fold.error)
 
-    def _replace_output(self, block: AttentionBlock, fold: attention.Fold, method: str) -> None:
+    def _replace_output(self, block: AttentionBlock, fold: Fold, method: str) -> None:
         assert fold.output is not None and fold.output_scale is not None
         name = block.output.weight
         self.replaced[name] = fold.output
@@ -402,10 +403,10 @@ class Job:
         for block in self.layout.attentions:
             if not block.heads:
                 continue
-            if (irc := self.irc_of(block, recipe)) is not None:
-                self.fold_query_key(block, *irc)
-            if (dwc := self.dwc_of(block, recipe)) is not None:
-                self.fold_value(block, *dwc)
+            if (logits := self.irc_of(block, recipe)) is not None:
+                self.fold_query_key(block, *logits)
+            if (values := self.dwc_of(block, recipe)) is not None:
+                self.fold_value(block, *values)
             self.assemble_folds(block)
             self.progress(self.done, self.total, block.name)
 
@@ -425,10 +426,10 @@ class Job:
 
     def dwc_of(self, block: AttentionBlock, recipe: Recipe) -> tuple[str | int, str] | None:
         """What ``fold_value`` is to do by the recipe."""
-        dwc = recipe.at(block.value.weight).dwc
-        if dwc is None:
+        mode = recipe.at(block.value.weight).dwc
+        if mode is None:
             return None
-        return dwc, f"DWC remainder k={dwc}" if isinstance(dwc, int) else f"DWC {dwc}"
+        return mode, f"DWC remainder k={mode}" if isinstance(mode, int) else f"DWC {mode}"
 
     def prune_recipe(self, recipe: Recipe, relative: bool = False) -> None:
         """FPP of the recipe's ``fpp_on``. ``relative``: what competes are shares of each matrix's
@@ -536,34 +537,34 @@ class Job:
     def foldable(self) -> list[tuple[AttentionBlock, str]]:
         """The folds that are valid whatever their ranks, "IRC" of every block and then "DWC"; why
         others are not is noted."""
-        irc, dwc = [], []
+        logits, values = [], []
         for block in self.layout.attentions:
             if (reason := self.refusal(block, "irc", block.query, exact=False)) is None:
-                irc.append((block, "IRC"))
+                logits.append((block, "IRC"))
             else:
                 self.refuse((block.query, block.key), f"IRC left out: {reason}")
             if (reason := self.refusal(block, "dwc", block.value, exact=False)) is None:
-                dwc.append((block, "DWC"))
+                values.append((block, "DWC"))
             else:
                 self.refuse((block.value,), f"DWC left out: {reason}")
-        return irc + dwc
+        return logits + values
 
     def fold_options(
         self, foldable: Sequence[tuple[AttentionBlock, str]]
-    ) -> tuple[list[Option], dict[str, attention.Fold]]:
+    ) -> tuple[list[Option], dict[str, Fold]]:
         """What each rank of each fold would cost; and by the output projection's name, how pruning
         is to see it: as the lossless DWC leaves it."""
         options, outputs = [], {}
         for block, method in foldable:
             if method == "IRC":
-                curve = attention.irc_curve(block, self.arrays, self.threads)
+                curve = irc.curve(block, self.arrays, self.threads)
                 options.append(Option(curve, least=1))
             else:
-                curve = attention.dwc_curve(block, self.arrays, self.threads)
+                curve = dwc.curve(block, self.arrays, self.threads)
                 options.append(Option(curve, least=0))
-                if attention.exact_in(self.arrays[block.value.weight].dtype):
-                    with contextlib.suppress(attention.Refused):
-                        fold = attention.dwc(block, self.arrays, "lossless", self.threads)
+                if exact_in(self.arrays[block.value.weight].dtype):
+                    with contextlib.suppress(Refused):
+                        fold = dwc.fold(block, self.arrays, "lossless", self.threads)
                         outputs[block.output.weight] = fold
             self.progress(self.done, self.total, block.name)
         return options, outputs
@@ -589,7 +590,7 @@ class Job:
         pruned = prune_cut(targets, cut, granularity, self.threads, self._step)
         self.keep_pruned(pruned, "weight")
 
-    def weighed_targets(self, outputs: Mapping[str, attention.Fold] | None = None) -> list[Target]:
+    def weighed_targets(self, outputs: Mapping[str, Fold] | None = None) -> list[Target]:
         """Everything that single weights can be removed from, as they compete at one rate."""
         targets = self.targets(Recipe(fpp=0))  # how much is what is to be found out
         for target in targets:

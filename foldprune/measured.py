@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from . import _core, attention
+from . import _core, dwc, irc
 from .allocate import Unit
 from .calibration import Calibration, Moments, layer_name
 from .encodings import Array
@@ -336,10 +336,10 @@ class Measured:
         source = self.source_moments(block)
         if kind == "IRC":
             matrix, query = block.key, self.query_moments(block)
-            curve = attention.irc_curve(block, self.arrays, self.threads, query, source)
+            curve = irc.curve(block, self.arrays, self.threads, query, source)
         else:
             matrix = block.value
-            curve = attention.dwc_curve(block, self.arrays, self.threads, source)
+            curve = dwc.curve(block, self.arrays, self.threads, source)
         losses = self._dimension_losses(block) if kind == "IRC" else None
         if losses is not None:
             damage = [np.append(own[::-1].cumsum()[::-1], 0.0) for own in losses]
@@ -375,7 +375,7 @@ class Measured:
             pairs = (-1, 2) if block.rope == "adjacent" else (2, -1)
             rows = (g * np.einsum("jaa->ja", keys)).reshape(block.groups, *pairs)
             planes = rows.sum(axis=2 if block.rope == "adjacent" else 1)
-            scores = attention.plane_scores(block, self.arrays, query, self.threads)
+            scores = irc.plane_scores(block, self.arrays, query, self.threads)
             return np.take_along_axis(planes, np.argsort(-scores, axis=1), axis=1)
         queries = self._output_moments(block, block.query, query, centred=False)
         losses = np.zeros(g.shape)

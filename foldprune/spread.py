@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .allocate import TOLERANCE, above
-from .attention import Curve
 from .encodings import Array
 from .errors import RateError
+from .fold import Curve
 
 __all__ = ["Choice", "Option", "choose", "fill"]
 

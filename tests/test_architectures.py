@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 import foldprune
 import foldprune.torch
-from foldprune import Recipe, attention, schemas
+from foldprune import Recipe, irc, schemas
 from foldprune.schemas.layout import find_layout
 
 ABSOLUTE = 1e-5
@@ -413,7 +413,7 @@ def test_irc_of_cross_attention_is_the_best_for_what_both_sides_read():
         rng.standard_normal((rows, width)) * rng.uniform(0.1, 3, width) + 1 for width in (24, 20)
     )
     moments = [Known(a.mean(axis=0), a.T @ a / rows) for a in (x, y)]
-    fold = attention.irc(block, state, np.full(heads, rank), 1, *moments)
+    fold = irc.fold(block, state, np.full(heads, rank), 1, *moments)
 
     def products(query: np.ndarray, bias: np.ndarray, key: np.ndarray) -> list[np.ndarray]:
         q = (x @ query.T + bias).reshape(rows, heads, -1)

@@ -10,7 +10,7 @@ import pytest
 import reference
 from test_folds import SIZES, check_shape, make, written
 
-from foldprune import _core, attention, schemas
+from foldprune import _core, dwc, irc, schemas
 from foldprune.errors import TensorError
 from foldprune.schemas.layout import find_layout
 
@@ -303,8 +303,8 @@ def test_dwc_keeps_the_mean_output_and_beats_the_data_free_fold(name, mode):
     if mode == "slice" and block.groups != block.heads:
         pytest.skip("not defined for grouped heads")
     x = data(block.value.cols)
-    fold = attention.dwc(block, state, mode, moments=moments(x))
-    free = attention.dwc(block, state, mode)
+    fold = dwc.fold(block, state, mode, moments=moments(x))
+    free = dwc.fold(block, state, mode)
     want = each_token(x, pieces(state, block), block)
     got, before = (each_token(x, pieces(state, block, f), block) for f in (fold, free))
     scale = np.abs(want).max()
@@ -324,7 +324,7 @@ def test_dwc_of_a_block_is_least_squares_on_its_inputs(name):
     where no bias could hold it."""
     state, block = BLOCKS[name]()
     x = data(block.value.cols, rows=50_000)
-    fold = attention.dwc(block, state, "pivot", moments=moments(x))
+    fold = dwc.fold(block, state, "pivot", moments=moments(x))
     w_v, _, w_o, _ = pieces(state, block)
     new_v = fold.weights["value"].unpack()
     head_dim, per_group = block.head_dim, block.heads // block.groups
@@ -354,8 +354,8 @@ def test_irc_of_a_block_fits_the_logits_of_its_inputs():
     energy, errors = 0.0, {"data": 0.0, "free": 0.0}
     ranks = np.full(4, 4)
     folds = {
-        "data": attention.irc(block, state, ranks, moments=moments(x)),
-        "free": attention.irc(block, state, ranks),
+        "data": irc.fold(block, state, ranks, moments=moments(x)),
+        "free": irc.fold(block, state, ranks),
     }
     for i in range(4):
         want = (y @ query[i].T + bias[i]) @ key[i] @ x.T
@@ -370,7 +370,7 @@ def test_irc_of_a_block_fits_the_logits_of_its_inputs():
             errors[name] += np.linalg.norm(want - got) ** 2
     assert errors["data"] < errors["free"]
     assert folds["data"].error == pytest.approx(errors["data"] / energy, rel=0.2)
-    curve = attention.irc_curve(block, state, moments=moments(x))
+    curve = irc.curve(block, state, moments=moments(x))
     assert sum(e[4] for e in curve.error) == pytest.approx(folds["data"].error, rel=1e-9)
 
 
@@ -379,9 +379,9 @@ def test_one_rank_is_spread_over_the_heads(mean_rank):
     state, block = bert()
     state["encoder.layer.0.attention.self.query.weight"][:12] *= 20.0  # one head's logits are large
     given = moments(data(48))
-    fold = attention.irc(block, state, mean_rank, moments=given)
+    fold = irc.fold(block, state, mean_rank, moments=given)
     ranks = [12] * 4 if mean_rank == 12 else fold.weights["query"].ranks.tolist()
-    curve = attention.irc_curve(block, state, moments=given)
+    curve = irc.curve(block, state, moments=given)
     squared = np.array([-np.diff(e) for e in curve.error])
     gain = squared / np.sqrt(squared.sum(1, keepdims=True))
     if 1 < mean_rank < 12:  # moving one rank between two heads gains nothing
@@ -393,7 +393,7 @@ def test_one_rank_is_spread_over_the_heads(mean_rank):
     else:
         assert ranks == [mean_rank] * 4
     assert sum(ranks) == 4 * mean_rank
-    free = attention.irc(block, state, mean_rank).weights["query"]
+    free = irc.fold(block, state, mean_rank).weights["query"]
     assert mean_rank == 12 or free.ranks.tolist() == [mean_rank] * 4
 
 
@@ -401,9 +401,9 @@ def test_one_rank_is_spread_over_the_heads(mean_rank):
 def test_curves_are_the_folds_errors(name):
     state, block = BLOCKS[name]()
     given = moments(data(block.value.cols))
-    curve = attention.dwc_curve(block, state, moments=given)
+    curve = dwc.curve(block, state, moments=given)
     for k in (0, 2, 5):
-        fold = attention.dwc(block, state, k, moments=given)
+        fold = dwc.fold(block, state, k, moments=given)
         assert sum(e[k] for e in curve.error) == pytest.approx(fold.error, rel=1e-8)
 
 
@@ -424,14 +424,14 @@ def test_planes_are_chosen_by_what_the_data_make_of_them(name, pairing):
 
     scores = energies("q", block.heads).reshape(block.groups, -1, half).sum(1)
     scores *= energies("k", block.groups)
-    fold = attention.irc(block, state, half // 2, moments=moments(x))
+    fold = irc.fold(block, state, half // 2, moments=moments(x))
     best = np.sort(np.argsort(-scores, axis=1)[:, : half // 2], axis=1)
     assert fold.weights["key"].planes.reshape(block.groups, -1).tolist() == best.tolist()
     left_out = scores.sum() - np.take_along_axis(scores, best, axis=1).sum()
     assert fold.error == pytest.approx(left_out / scores.sum(), rel=1e-2)
-    free = attention.irc(block, state, half // 2)
+    free = irc.fold(block, state, half // 2)
     assert free.weights["key"].planes.tolist() != fold.weights["key"].planes.tolist()
-    curve = attention.irc_curve(block, state, moments=moments(x))
+    curve = irc.curve(block, state, moments=moments(x))
     assert sum(e[half // 2] for e in curve.error) == pytest.approx(fold.error, rel=1e-9)
 
 
@@ -445,8 +445,8 @@ def test_lossless_folds_do_not_depend_on_data():
     state, block = bert()
     given = moments(data(48))
     for fold in (
-        lambda m: attention.irc(block, state, None, moments=m),
-        lambda m: attention.dwc(block, state, "lossless", moments=m),
+        lambda m: irc.fold(block, state, None, moments=m),
+        lambda m: dwc.fold(block, state, "lossless", moments=m),
     ):
         for a, b in zip(fold(None).weights.values(), fold(given).weights.values(), strict=True):
             assert reference.same_bytes(a.unpack(), b.unpack())
@@ -460,7 +460,7 @@ def test_few_rows_are_shrunk_and_stay_sane():
     few = moments(x[:20])
     errors = {}
     for name, given in (("few", few), ("free", None)):
-        fold = attention.dwc(block, state, "pivot", moments=given)
+        fold = dwc.fold(block, state, "pivot", moments=given)
         want = each_token(x, pieces(state, block), block)
         got = each_token(x, pieces(state, block, fold), block)
         assert np.isfinite(got).all()
@@ -468,7 +468,7 @@ def test_few_rows_are_shrunk_and_stay_sane():
     assert errors["few"] < errors["free"]
     one_varies = np.zeros((30, 48))
     one_varies[:, 0] = np.arange(30)
-    fold = attention.irc(block, state, 4, moments=moments(one_varies))
+    fold = irc.fold(block, state, 4, moments=moments(one_varies))
     assert all(np.isfinite(w.unpack()).all() for w in fold.weights.values())
 
 
@@ -529,9 +529,9 @@ def test_bad_factors(kind, side, change):
 def test_bad_moments(given, said):
     state, block = bert()
     for fold in (
-        lambda: attention.irc(block, state, 4, moments=given),
-        lambda: attention.dwc(block, state, "pivot", moments=given),
-        lambda: attention.irc_curve(block, state, moments=given),
+        lambda: irc.fold(block, state, 4, moments=given),
+        lambda: dwc.fold(block, state, "pivot", moments=given),
+        lambda: irc.curve(block, state, moments=given),
     ):
         with pytest.raises(TensorError, match=said) as error:
             fold()

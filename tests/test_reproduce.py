@@ -28,7 +28,16 @@ from foldprune.eval.table import Metric, Run, Table  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(80)]
 BUDGET = Budget(
-    length=12, batch=8, calibration=64, recovery=2, recovery_lr=1e-3, steps=3, lr=1e-3, test=20
+    length=12,
+    batch=8,
+    calibration=64,
+    recovery=2,
+    recovery_lr=1e-3,
+    paper_recovery_lr=1e-3,
+    steps=3,
+    lr=1e-3,
+    paper_lr=1e-3,
+    test=20,
 )
 
 

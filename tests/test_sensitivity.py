@@ -13,7 +13,7 @@ import pytest
 from models import FAMILIES, costs, damage, inputs, out_in, settled
 
 import foldprune
-from foldprune import Calibration, Recipe, Sensitivity, attention
+from foldprune import Calibration, Recipe, Sensitivity, dwc, irc
 from foldprune.measured import SHARES, Measured
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -261,7 +261,7 @@ def lost_keys(job: Any, block: Any, rank: int, moments: Any, x: Array) -> Array:
         bias = fold.biases.get(role)
         return with_bias(fold.weights[role].unpack(), None if bias is None else bias.unpack())
 
-    fold = attention.irc(block, job.arrays, np.full(block.groups, rank, np.int32), 1, moments)
+    fold = irc.fold(block, job.arrays, np.full(block.groups, rank, np.int32), 1, moments)
     keys = dense(block.key)
     k = np.column_stack([x, np.ones(len(x))]) @ keys.T
     if block.rope:
@@ -287,8 +287,8 @@ def test_damage_of_folds(known, family, gradients):
     for block in job.layout.attentions:
         moments, x = measured.source_moments(block), met[block.query.weight]
         for kind, matrix, curve_of in (
-            ("IRC", block.key, attention.irc_curve),
-            ("DWC", block.value, attention.dwc_curve),
+            ("IRC", block.key, irc.curve),
+            ("DWC", block.value, dwc.curve),
         ):
             gradient = calibration.gradient(matrix.weight)
             rows = None if gradient is None else matrix.bias_view(gradient, block.heads)

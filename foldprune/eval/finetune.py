@@ -19,6 +19,7 @@ __all__ = ["Classifier", "Texts", "predict", "train"]
 WARM_UP = 0.1  # share of the steps
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
+HEAD_LR = 1e-2
 Batch = dict[str, torch.Tensor]
 
 
@@ -37,6 +38,12 @@ class Classifier(nn.Module):
         mask = batch["attention_mask"][..., None].to(hidden.dtype)
         logits: torch.Tensor = self.head((hidden * mask).sum(1) / mask.sum(1).clamp_min(1))
         return logits
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What trains, for an optimiser: the encoder at its own learning rate, the head, which is
+        new and at that rate would hardly move, at HEAD_LR."""
+        encoder = [p for p in self.encoder.parameters() if p.requires_grad]
+        return [{"params": encoder}, {"params": list(self.head.parameters()), "lr": HEAD_LR}]
 
 
 class Texts:
@@ -69,7 +76,7 @@ class Texts:
 
 
 def train(
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]],
     loss: Callable[[], torch.Tensor],
     *,
     steps: int,
@@ -78,24 +85,26 @@ def train(
 ) -> int:
     """AdamW with linear warm-up and decay, gradients clipped; the number of steps that were done.
 
-    ``loss()`` gives the loss of the next batch. Where it, or its gradient, is not finite, training
-    stops with a FoldpruneWarning, and the parameters are those of the last finite loss.
+    ``parameters`` or groups of them with learning rates of their own, as torch's optimisers take
+    them; ``loss()`` gives the loss of the next batch. Where it, or its gradient, is not finite,
+    training stops with a FoldpruneWarning, and the parameters are those of the last finite loss.
     """
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
     warm = max(1, round(WARM_UP * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda i: min((i + 1) / warm, (steps - i) / max(1, steps - warm))
     )
-    good = [parameter.detach().clone() for parameter in parameters]
+    good = [parameter.detach().clone() for parameter in trained]
     for step in range(steps):
         optimiser.zero_grad(set_to_none=True)
         value = loss()
         value.backward()  # type: ignore[no-untyped-call]
         found = float(value.detach())
-        norm = float(nn.utils.clip_grad_norm_(parameters, CLIP))
+        norm = float(nn.utils.clip_grad_norm_(trained, CLIP))
         if not (math.isfinite(found) and math.isfinite(norm)):
             with torch.no_grad():
-                torch._foreach_copy_(list(parameters), good)
+                torch._foreach_copy_(trained, good)
             warnings.warn(
                 f"step {step}: the loss is {found}, its gradient {norm}; training "
                 "stopped, the last good weights are kept",
@@ -103,7 +112,7 @@ def train(
                 stacklevel=2,
             )
             return step
-        torch._foreach_copy_(good, [parameter.detach() for parameter in parameters])
+        torch._foreach_copy_(good, [parameter.detach() for parameter in trained])
         optimiser.step()
         schedule.step()
         progress(step + 1, steps, f"loss {found:.3f}")

@@ -24,7 +24,7 @@ from .datasets import Dataset, load
 from .finetune import Classifier, Texts, predict, train
 from .metrics import classification, perplexity
 from .packaged import CLASSIFICATION, LANGUAGE
-from .students import Rate, Students
+from .students import PAPER, Rate, Students
 from .table import Metric
 
 __all__ = ["Budget", "Classification", "Language", "Protocol"]
@@ -35,7 +35,9 @@ class Budget:
     """What every run may spend. Sequences of at most ``length`` tokens, ``batch`` of them a step.
 
     ``calibration``: sequences to calibrate on; ``recovery``: steps on unlabelled text;
-    ``steps``: of fine-tuning; ``test``: rows of a test split, or tokens of a text.
+    ``steps``: of fine-tuning; ``test``: rows of a test split, or tokens of a text. The learning
+    rates are the same for all methods; ``paper_...`` are those for what the recipe paper, or others
+    in its place, made, if they differ: little is left there to spoil, and much to be learnt.
     """
 
     length: int
@@ -46,6 +48,8 @@ class Budget:
     steps: int
     lr: float
     test: int
+    paper_recovery_lr: float | None = None
+    paper_lr: float | None = None
 
 
 class Protocol(ABC):
@@ -90,11 +94,13 @@ class Classification(Protocol):
         length=64,
         batch=32,
         calibration=1024,
-        recovery=150,
+        recovery=1000,
         recovery_lr=3e-4,
         steps=100,
         lr=3e-4,
         test=1000,
+        paper_recovery_lr=2e-3,
+        paper_lr=1e-3,
     )
     quick_budget = replace(budget, calibration=128, recovery=4, steps=12, test=200)
 
@@ -120,8 +126,8 @@ class Classification(Protocol):
             labels = torch.tensor([rows.labels[i] for i in group])
             return torch.nn.functional.cross_entropy(classifier(texts.batch(group)), labels)
 
-        trained = [p for p in classifier.parameters() if p.requires_grad]
-        steps = train(trained, loss, steps=settings.steps, lr=settings.lr, progress=progress)
+        lr = (settings.paper_lr if rate == PAPER else None) or settings.lr
+        steps = train(classifier.groups(), loss, steps=settings.steps, lr=lr, progress=progress)
         test = data.test.sample(settings.test, 0)
         found = predict(classifier, self.tokens(model, name), settings.batch)
         scores = classification(test.labels, found, classes=len(data.classes))
@@ -151,6 +157,7 @@ class Classification(Protocol):
             batches(unlabelled[settings.calibration :] or unlabelled),
             steps=settings.recovery,
             lr=settings.recovery_lr,
+            paper_lr=settings.paper_recovery_lr,
             facts={"model": model, **self.facts()},
             folder=os.path.join(self.folder, "models"),
         )
@@ -229,6 +236,7 @@ class Language(Protocol):
             batches[first:] or batches,
             steps=settings.recovery,
             lr=settings.recovery_lr,
+            paper_lr=settings.paper_recovery_lr,
             facts={"model": model, "seed": seed, **self.facts()},
             folder=None,  # half a gigabyte each
         )

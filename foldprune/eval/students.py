@@ -26,6 +26,10 @@ __all__ = ["DENSE", "FOLDPRUNE", "METHODS", "PAPER", "Students"]
 
 DENSE, FOLDPRUNE, PAPER = "dense", "foldprune", "paper"
 METHODS = (FOLDPRUNE, *baselines.METHODS)
+# pivots are chosen by the calibration, cost no more than slices, and exist where heads share keys
+PAPER_RECIPE = replace(Recipe.paper(), dwc="pivot")
+# Short recoveries came closer to the teacher on its outputs alone than with matched layers first.
+LAYERWISE = 0.0
 Rate = float | str
 
 
@@ -34,7 +38,8 @@ class Students:
 
     ``calibration`` and ``recovery``: unlabelled batches, the same for all methods; ``facts``: what
     the models depend on besides method and rate, plain JSON; ``folder``: where they are kept
-    (None: only the last one is, in memory).
+    (None: only the last one is, in memory). They are recovered for ``steps`` at ``lr``, what
+    the recipe paper made (or others, in its place) at ``paper_lr``.
     """
 
     def __init__(
@@ -45,12 +50,13 @@ class Students:
         *,
         steps: int,
         lr: float,
+        paper_lr: float | None = None,
         facts: Mapping[str, Any],
         folder: str | None,
     ) -> None:
         self.dense = dense.requires_grad_(False)
         self.batches, self.recovery = calibration, recovery
-        self.steps, self.lr = steps, lr
+        self.steps, self.lr, self.paper_lr = steps, lr, paper_lr or lr
         self.facts, self.folder = dict(facts), folder
         self._last: tuple[str, Compressed] | None = None
 
@@ -80,7 +86,7 @@ class Students:
         if path and os.path.exists(path):
             found = load(path)
         else:
-            found = self._recovered(self._compressed(method, rate, progress), progress)
+            found = self._recovered(self._compressed(method, rate, progress), rate, progress)
             if path:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 found.save(path)
@@ -88,7 +94,7 @@ class Students:
         return found
 
     def _compressed(self, method: str, rate: Rate, progress: Progress) -> Compressed:
-        how: dict[str, Any] = {"recipe": self.paper} if rate == PAPER else {"rate": rate}
+        how: dict[str, Any] = {"recipe": PAPER_RECIPE} if rate == PAPER else {"rate": rate}
         if method == FOLDPRUNE:
             return runtime.compress(
                 self.dense, self.batches, **how, calibration=self.calibration, progress=progress
@@ -98,12 +104,18 @@ class Students:
         masks = baselines.prune(pruned, method, rates, self.batches, progress=progress)
         return baselines.packed(pruned, masks, method)
 
-    def _recovered(self, compressed: Compressed, progress: Progress) -> Compressed:
+    def _recovered(self, compressed: Compressed, rate: Rate, progress: Progress) -> Compressed:
         student = runtime.convert(copy.deepcopy(self.dense).requires_grad_(True), compressed)
         for parameter in _embeddings(student):
             parameter.requires_grad_(False)
         done = runtime.recover(
-            student, self.dense, self.recovery, steps=self.steps, lr=self.lr, progress=progress
+            student,
+            self.dense,
+            self.recovery,
+            steps=self.steps,
+            lr=self.paper_lr if rate == PAPER else self.lr,
+            layerwise=LAYERWISE,
+            progress=progress,
         )
         if done.stopped == "interrupted":  # what is half recovered is not kept
             raise KeyboardInterrupt
@@ -113,19 +125,10 @@ class Students:
         """Of the baselines by group. For the paper's recipe the share that it removes from each;
         else one share for all, that takes the rate from the model."""
         if rate == PAPER:
-            return baselines.same_rates(compress(self.dense, recipe=self.paper).report)
+            return baselines.same_rates(compress(self.dense, recipe=PAPER_RECIPE).report)
         total = baselines.matrices(self.dense)
         share = float(rate) * sum(p.numel() for p in self.dense.parameters()) / total
         return dict.fromkeys(baselines.GROUPS, share)
-
-    @cached_property
-    def paper(self) -> Recipe:
-        """The paper's recipe; where key and value heads are shared a diagonal value has no slices
-        to read and takes the pivots."""
-        config: Any = self.dense.config
-        heads = int(config.num_attention_heads)
-        groups = int(getattr(config, "num_key_value_heads", None) or heads)
-        return Recipe.paper() if groups == heads else replace(Recipe.paper(), dwc="pivot")
 
     @cached_property
     def calibration(self) -> Calibration:
