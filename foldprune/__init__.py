@@ -11,7 +11,7 @@ import scipy_openblas32 as _openblas  # noqa: F401  (loads the library that _cor
 
 from . import schemas
 from .api import compress
-from .calibration import Calibration, Moments
+from .calibration import Calibration
 from .checkpoints import compress_checkpoint, decompress_checkpoint
 from .compressed import Compressed
 from .container import load
@@ -30,6 +30,7 @@ from .errors import (
     UnmatchedTensorWarning,
 )
 from .folded import NodesState, folded_attention
+from .moments import Moments
 from .packed import Packed, pack, packed_matmul
 from .recipe import Recipe
 from .report import Report, Row, Total

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .calibration import TOTALS, Calibration, Inputs, Sums, Totals
+from .calibration import TOTALS, Calibration
 from .container import write_atomically
 from .encodings import Array
 from .encodings.base import in_range
 from .errors import FormatError
+from .moments import Inputs, Sums, Totals
 
 __all__ = ["load", "save"]
 

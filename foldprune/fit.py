@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 
 from . import _core
-from .calibration import Moments
 from .encodings import Array
 from .errors import TensorError
+from .moments import Moments
 from .prune import Pruned, Target, encode, mask_lowest
 from .recipe import Granularity
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from . import _core, dwc, irc, schemas, tensors
-from .calibration import Moments
 from .compressed import Compressed
 from .encodings import Array, Dense, Encoding, Fused, nbytes
 from .errors import (
@@ -28,6 +27,7 @@ from .errors import (
     UnmatchedTensorWarning,
 )
 from .fold import Fold, Refused, exact_in
+from .moments import Moments
 from .options import Progress, resolve_config
 from .prune import (
     Cut,

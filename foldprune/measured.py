@@ -15,10 +15,11 @@ import numpy as np
 
 from . import _core, dwc, irc
 from .allocate import Unit
-from .calibration import Calibration, Moments, layer_name
+from .calibration import Calibration, layer_name
 from .encodings import Array
 from .errors import ModelError, TensorError
 from .fit import Gram, row_damage, sweep
+from .moments import Moments
 from .prune import Target
 from .schemas.layout import AttentionBlock, Layout, Matrix
 
