@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from foldprune.eval import protocols, students  # noqa: E402
-from foldprune.eval.finetune import Classifier, Texts, predict, train  # noqa: E402
+from foldprune.eval.finetune import HEAD_LR, Classifier, Texts, predict, train  # noqa: E402
 from foldprune.eval.protocols import Budget  # noqa: E402
 from foldprune.eval.reproduce import reproduce  # noqa: E402
 from foldprune.eval.runlog import RunLog  # noqa: E402
@@ -329,6 +329,35 @@ def test_training_learns_and_keeps_embeddings_and_zeros(make_model, labelled):
     for name, value in encoder.state_dict().items():
         if "embeddings." in name and "LayerNorm" not in name:
             assert torch.equal(value, before[name]), name
+
+
+def test_the_new_head_learns_at_a_rate_of_its_own(make_model):
+    encoder = make_model("bert").bert
+    frozen = encoder.embeddings.requires_grad_(False)
+    classifier = Classifier(encoder, 2)
+    optimiser = torch.optim.AdamW(classifier.groups(), lr=1e-4)
+    rates = {id(p): g["lr"] for g in optimiser.param_groups for p in g["params"]}
+    assert not rates.keys() & {id(p) for p in frozen.parameters()}
+    for parameter in classifier.parameters():
+        if parameter.requires_grad:
+            of_head = any(parameter is p for p in classifier.head.parameters())
+            assert rates[id(parameter)] == (HEAD_LR if of_head else 1e-4)
+
+
+@pytest.mark.parametrize(("rate", "lr"), [(0.3, 1e-3), ("paper", 2e-3)])
+def test_the_recipe_paper_is_recovered_at_a_rate_of_its_own(make_model, monkeypatch, rate, lr):
+    seen: list[float] = []
+
+    def recover(*_: Any, lr: float, **__: Any) -> foldprune.torch.Recovery:
+        seen.append(lr)
+        return foldprune.torch.Recovery()
+
+    monkeypatch.setattr(foldprune.torch, "recover", recover)
+    made = students.Students(
+        make_model("bert"), [], [], steps=1, lr=1e-3, paper_lr=2e-3, facts={}, folder=None
+    )
+    made.compressed("magnitude", rate, quiet)
+    assert seen == [lr]
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
