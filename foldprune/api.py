@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
-from . import calibrated
+from . import calibrated, uncalibrated
 from .calibration import Calibration
 from .compressed import Compressed
 from .job import Job
@@ -88,10 +88,8 @@ def compress(
             note_unused_rate(job, rate, given)
         if calibration is not None:
             recipe = calibrated.run(job, calibration, rate, recipe)
-        elif recipe is None:
-            recipe = job.run_rate(rate)
         else:
-            job.run_recipe(recipe)
+            recipe = uncalibrated.run(job, rate, recipe)
         return job.finish(recipe)
 
 

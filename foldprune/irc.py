@@ -93,7 +93,8 @@ def fold(
 
 def _spread_ranks(squared: Array, mean_rank: int) -> Array:
     """Ranks of every head from their spectra (heads, head_dim): the largest squared singular values
-    of all, each in units of the square root of its head's sum, but one for every head.
+    of all, each in units of the square root of its head's sum. A head may be left with none, and
+    then attends to all tokens alike.
 
     The plain error spends too much on heads of large logits, whose softmax is sharp, the relative
     one too much on heads of small ones. The root between them kept MiniLM's embeddings nearest to
@@ -104,7 +105,6 @@ def _spread_ranks(squared: Array, mean_rank: int) -> Array:
         return np.full(heads, mean_rank)
     total = np.sqrt(squared.sum(axis=1, keepdims=True))
     gain = np.divide(squared, total, out=np.zeros_like(squared), where=total > 0)
-    gain[:, 0] = np.inf
     chosen = np.argsort(-gain, axis=None, kind="stable")[: heads * mean_rank]
     return np.bincount(chosen // limit, minlength=heads)
 

@@ -1,13 +1,12 @@
 """One call of ``compress``: reads the model, applies the methods to its tensors, collects the
 results.
 
-The methods themselves are in irc.py, dwc.py and prune.py; how a rate is spread over them in
-spread.py.
+What is applied to which tensor is settled in uncalibrated.py and calibrated.py; the methods
+themselves are in irc.py, dwc.py, prune.py and fit.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,18 +28,8 @@ from .errors import (
 from .fold import Fold, Refused, exact_in
 from .moments import Moments
 from .options import Progress, resolve_config
-from .prune import (
-    Cut,
-    Pruned,
-    Target,
-    energy,
-    histogram,
-    prune,
-    prune_below,
-    prune_cut,
-    prune_neurons,
-)
-from .recipe import Granularity, Recipe
+from .prune import Cut, Pruned, Target
+from .recipe import Recipe
 from .report import Report, Row
 from .schemas.layout import (
     AttentionBlock,
@@ -50,7 +39,7 @@ from .schemas.layout import (
     find_layout,
     generic_layout,
 )
-from .spread import Option, choose, fill
+from .spread import Option
 
 __all__ = ["Job", "head_facts", "residual_terms", "settle_layout", "settled_recipe"]
 
@@ -148,7 +137,7 @@ class Job:
     passes: int = 1  # over all tensors
     # thresholds that were found for more matrices than are here, by rate and granularity
     cuts: Mapping[tuple[float, str], Cut] = field(default_factory=dict)
-    terms: int = 0  # what adds up to the model's last hidden state, see _weigh
+    terms: int = 0  # what adds up to the model's last hidden state, see uncalibrated._weigh
 
     @classmethod
     def begin(
@@ -385,30 +374,14 @@ class Job:
             method = " + ".join([*self.methods.get(name, []), f"FPP {share:.1%} {label}"])
             self.results[name] = _Result(result.encoding, method, result.error, result.note)
 
-    def _step(self, target: Target) -> None:
+    def step_target(self, target: Target) -> None:
         self.step(target.name)
 
     def step(self, name: str) -> None:
         self.done += 1
         self.progress(self.done, self.total, name)
 
-    # ---- the two ways in ------------------------------------------------------------------------
-
-    def run_recipe(self, recipe: Recipe) -> None:
-        self.fold_by_recipe(recipe)
-        self.warn_refused()
-        self.prune_recipe(recipe)
-
-    def fold_by_recipe(self, recipe: Recipe) -> None:
-        for block in self.layout.attentions:
-            if not block.heads:
-                continue
-            if (logits := self.irc_of(block, recipe)) is not None:
-                self.fold_query_key(block, *logits)
-            if (values := self.dwc_of(block, recipe)) is not None:
-                self.fold_value(block, *values)
-            self.assemble_folds(block)
-            self.progress(self.done, self.total, block.name)
+    # ---- what a recipe or a rate asks for -------------------------------------------------------
 
     def irc_of(self, block: AttentionBlock, recipe: Recipe) -> tuple[int | None, str] | None:
         """What ``fold_query_key`` is to do by the recipe: rank (None: lossless) and description."""
@@ -431,60 +404,6 @@ class Job:
             return None
         return mode, f"DWC remainder k={mode}" if isinstance(mode, int) else f"DWC {mode}"
 
-    def prune_recipe(self, recipe: Recipe, relative: bool = False) -> None:
-        """FPP of the recipe's ``fpp_on``. ``relative``: what competes are shares of each matrix's
-        own output, not the numbers themselves."""
-        for (rate, text), targets in self.competitors(recipe, relative).items():
-            granularity = Granularity.parse(text)
-            if granularity.kind == "neuron":
-                self._prune_neurons(targets, rate)
-                continue
-            cut = self.cuts.get((rate, text))
-            if cut is not None:
-                pruned = prune_cut(targets, cut, granularity, self.threads, self._step)
-            else:
-                pruned = prune(
-                    targets, rate, granularity, recipe.fpp_scope, self.threads, self._step
-                )
-            self.keep_pruned(pruned, text)
-
-    def competitors(
-        self, recipe: Recipe, relative: bool = False
-    ) -> dict[tuple[float, str], list[Target]]:
-        """What is to be pruned, by rate and granularity: those that share both compete."""
-        hidden = {
-            matrix.weight
-            for block in self.layout.feed_forwards
-            for matrix in (block.up, block.down, block.gate)
-            if matrix is not None
-        }
-        sets: dict[tuple[float, str], list[Target]] = {}
-        targets = self.targets(recipe)
-        if relative:
-            self._weigh(targets)
-        for target in targets:
-            at = recipe.at(target.name)
-            text = at.fpp_granularity
-            if text == "neuron" and target.name not in hidden:
-                self.is_hidden(target.name)
-                text = "row" if self.layout.groups[target.name] == "embedding" else "weight"
-            sets.setdefault((float(at.fpp or 0), text), []).append(target)
-        return sets
-
-    def _prune_neurons(self, targets: list[Target], rate: float) -> None:
-        """Prunes the hidden units of the layers that the targets belong to."""
-        by_name = {target.name: target for target in targets}
-        for block in self.layout.feed_forwards:
-            members = self.neuron_members(block, by_name)
-            if not members:
-                continue
-            gate = by_name[block.gate.weight] if block.gate is not None else None
-            up, down = by_name[block.up.weight], by_name[block.down.weight]
-            pruned = prune_neurons(up, down, gate, rate, self.threads)
-            self.keep_pruned(pruned, "neuron")
-            for name in members:
-                self.step(name)
-
     def neuron_members(self, block: FeedForwardBlock, names: Container[str]) -> list[str]:
         """The layer's matrices, if they are among the names; ValueError if only some are."""
         members = [m.weight for m in (block.up, block.down, block.gate) if m is not None]
@@ -505,21 +424,6 @@ class Job:
             )
         return self.layout.groups[name] == "feed_forward"
 
-    def run_rate(self, rate: float) -> Recipe:
-        """Spreads the rate; returns the nearest recipe with uniform fields."""
-        foldable = self.foldable()
-        options, outputs = self.fold_options(foldable)
-        targets = self.weighed_targets(outputs)
-        weights = sum(target.matrix.size for target in targets)
-        counts = histogram(targets, Granularity("weight"), self.threads)
-        choice = choose(rate, self.numbers, options, weights, counts)
-        self.fold_to(foldable, [option.ranks for option in options])
-        count = fill(rate, self.numbers, choice, self.folded_numbers, weights)
-        if count:
-            pruned = prune_below(self.weighed_targets(), count, self.threads, self._step)
-            self.keep_pruned(pruned, "weight")
-        return settled_recipe(options, count, weights)
-
     @property
     def numbers(self) -> int:
         """How many the tensors of the checkpoint hold that methods could remove."""
@@ -534,73 +438,6 @@ class Job:
             for name, result in self.results.items()
         )
 
-    def foldable(self) -> list[tuple[AttentionBlock, str]]:
-        """The folds that are valid whatever their ranks, "IRC" of every block and then "DWC"; why
-        others are not is noted."""
-        logits, values = [], []
-        for block in self.layout.attentions:
-            if (reason := self.refusal(block, "irc", block.query, exact=False)) is None:
-                logits.append((block, "IRC"))
-            else:
-                self.refuse((block.query, block.key), f"IRC left out: {reason}")
-            if (reason := self.refusal(block, "dwc", block.value, exact=False)) is None:
-                values.append((block, "DWC"))
-            else:
-                self.refuse((block.value,), f"DWC left out: {reason}")
-        return logits + values
-
-    def fold_options(
-        self, foldable: Sequence[tuple[AttentionBlock, str]]
-    ) -> tuple[list[Option], dict[str, Fold]]:
-        """What each rank of each fold would cost; and by the output projection's name, how pruning
-        is to see it: as the lossless DWC leaves it."""
-        options, outputs = [], {}
-        for block, method in foldable:
-            if method == "IRC":
-                curve = irc.curve(block, self.arrays, self.threads)
-                options.append(Option(curve, least=1))
-            else:
-                curve = dwc.curve(block, self.arrays, self.threads)
-                options.append(Option(curve, least=0))
-                if exact_in(self.arrays[block.value.weight].dtype):
-                    with contextlib.suppress(Refused):
-                        fold = dwc.fold(block, self.arrays, "lossless", self.threads)
-                        outputs[block.output.weight] = fold
-            self.progress(self.done, self.total, block.name)
-        return options, outputs
-
-    def fold_to(
-        self, foldable: Sequence[tuple[AttentionBlock, str]], ranks: Sequence[Array | None]
-    ) -> None:
-        """Folds each to its ranks per key head; None leaves it as it is."""
-        for (block, name), chosen in zip(foldable, ranks, strict=True):
-            if chosen is None:
-                continue
-            settled, method = self.ranks_of(block, chosen, name)
-            if name == "IRC":
-                self.fold_query_key(block, settled, method)
-            else:
-                self.fold_value(block, "lossless" if settled is None else settled, method)
-        for block in self.layout.attentions:
-            self.assemble_folds(block)
-
-    def prune_to_cut(self, cut: Cut) -> None:
-        """The rest of a spread rate, where the cut was found for more matrices than are here."""
-        targets, granularity = self.weighed_targets(), Granularity("weight")
-        pruned = prune_cut(targets, cut, granularity, self.threads, self._step)
-        self.keep_pruned(pruned, "weight")
-
-    def weighed_targets(self, outputs: Mapping[str, Fold] | None = None) -> list[Target]:
-        """Everything that single weights can be removed from, as they compete at one rate."""
-        targets = self.targets(Recipe(fpp=0))  # how much is what is to be found out
-        for target in targets:
-            output = (outputs or {}).get(target.name)
-            if output is not None and output.output is not None:
-                target.matrix = output.output
-                target.col_scale = output.output_scale
-        self._weigh(targets)
-        return targets
-
     @staticmethod
     def ranks_of(block: AttentionBlock, ranks: Array, name: str) -> tuple[Array | None, str]:
         """Ranks per key head, None if all are whole, and the method's description."""
@@ -610,19 +447,6 @@ class Job:
         span = f"{ranks.min()}" if ranks.min() == ranks.max() else f"{ranks.min()}..{ranks.max()}"
         unit = ("planes" if block.rope else "r") if name == "IRC" else "remainder k"
         return ranks, f"{name} {unit}={span}"
-
-    def _weigh(self, targets: Sequence[Target]) -> None:
-        """Scores become shares of each matrix's own output: |w| / ||W||.
-
-        What gives the logits counts more: its relative error is the model's own, while a block's is
-        that of one of the 2 L + 1 terms (embedding, attention and feed-forward of each of L blocks)
-        that add up to the last hidden state.
-        """
-        for target in targets:
-            norm = float(np.sqrt(energy(target, self.threads)))
-            target.scale = 1.0 / norm if norm > 0 else 1.0
-            if target.name in self.layout.output_embeddings:
-                target.scale *= float(np.sqrt(self.terms))
 
     # ---- the end --------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from . import uncalibrated
 from .container import crc, flatten, write_atomically
 from .encodings import Array
 from .errors import FormatError
@@ -154,9 +155,9 @@ def _begin(unit: Unit, threads: int, plan: Plan | None = None) -> Job:
 def count_scores(unit: Unit, recipe: Recipe, threads: int) -> dict[Key, Array]:
     """Histograms of the scores of whatever competes with other units' by this recipe."""
     job = _begin(unit, threads)
-    job.fold_by_recipe(recipe)
+    uncalibrated.fold_by_recipe(job, recipe)
     counts = {}
-    for (rate, text), targets in job.competitors(recipe).items():
+    for (rate, text), targets in uncalibrated.competitors(job, recipe).items():
         granularity = Granularity.parse(text)
         if granularity.kind in ("weight", "block"):
             counts[rate, text] = histogram(targets, granularity, threads)
@@ -179,9 +180,9 @@ class Survey:
 
 def survey(unit: Unit, threads: int) -> Survey:
     job = _begin(unit, threads)
-    foldable = job.foldable()
-    options, outputs = job.fold_options(foldable)
-    targets = job.weighed_targets(outputs)
+    foldable = uncalibrated.foldable(job)
+    options, outputs = uncalibrated.fold_options(job, foldable)
+    targets = uncalibrated.weighed_targets(job, outputs)
     return Survey(
         job.numbers,
         sum(target.matrix.size for target in targets),
@@ -204,24 +205,26 @@ def survey_folded(unit: Unit, plan: Plan, threads: int) -> Folded:
     job = _begin(unit, threads, plan)
     _fold_to(job, plan)
     removed = job.folded_numbers
-    return Folded(removed, histogram(job.weighed_targets(), Granularity("weight"), threads))
+    return Folded(
+        removed, histogram(uncalibrated.weighed_targets(job), Granularity("weight"), threads)
+    )
 
 
 def _fold_to(job: Job, plan: Plan) -> None:
     ranks = [None if r is None else np.array(r) for r in plan.ranks]
-    job.fold_to(job.foldable(), ranks)
+    uncalibrated.fold_to(job, uncalibrated.foldable(job), ranks)
 
 
 def compress_unit(unit: Unit, plan: Plan, path: str, threads: int) -> dict[str, Any]:
     """Compresses a unit into a shard of its own; returns its record. Raises as ``compress``."""
     job = _begin(unit, threads, plan)
     if plan.recipe is not None:
-        job.fold_by_recipe(plan.recipe)
-        job.prune_recipe(plan.recipe)
+        uncalibrated.fold_by_recipe(job, plan.recipe)
+        uncalibrated.prune_recipe(job, plan.recipe)
     else:
         _fold_to(job, plan)
         if BY_RATE in plan.cuts:
-            job.prune_to_cut(plan.cuts[BY_RATE])
+            uncalibrated.prune_to_cut(job, plan.cuts[BY_RATE])
     compressed = job.finish(plan.recipe or Recipe())
     parts, described = flatten(compressed.encodings)
     record = {

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .. import encodings, tensors
+from .. import encodings, tensors, uncalibrated
 from ..errors import FoldpruneWarning, ModelError, TensorError, UnmatchedTensorWarning
 from ..job import Job
 from ..measured import expected_use
@@ -372,7 +372,7 @@ class FPP:
         job = self._job(recipe)
         for name, matrix in self._matrices.items():
             self._weigh(job, name, matrix)
-        job.prune_recipe(recipe, relative=recipe.fpp_scope == "global")
+        uncalibrated.prune_recipe(job, recipe, relative=recipe.fpp_scope == "global")
         frozen = {}
         for name, matrix in self._matrices.items():
             encoding, keep = job.results[name].encoding, matrix.keep

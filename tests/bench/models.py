@@ -115,3 +115,13 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
         losses = torch.nn.functional.cross_entropy(logits, row[1:], reduction="none")
         loss += float(losses.double().sum())
     return math.exp(loss / ids[:, 1:].numel())
+
+
+@torch.no_grad()
+def divergence(model: Any, dense: Any, ids: torch.Tensor) -> float:
+    """Mean Kullback-Leibler divergence, in nats, of a model's next tokens from the dense one's."""
+    total = 0.0
+    for row in ids:
+        ours, theirs = (m(row[None]).logits[0, :-1].log_softmax(-1) for m in (model, dense))
+        total += float((theirs.exp() * (theirs - ours)).sum(-1).double().sum())
+    return total / ids[:, 1:].numel()
