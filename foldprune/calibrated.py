@@ -81,11 +81,11 @@ def _plan_recipe(job: Job, measured: Measured, recipe: Recipe) -> Plan:
         if block.heads:
             if (irc := job.irc_of(block, recipe)) is not None:
                 plan.irc[block.name] = irc
-                if job.refusal(block, "irc", block.query, exact=irc[0] is None) is None:
+                if job.refusal(block, "irc", exact=irc[0] is None) is None:
                     folded |= {block.query.weight, block.key.weight}
             if (dwc := job.dwc_of(block, recipe)) is not None:
                 plan.dwc[block.name] = dwc
-                if job.refusal(block, "dwc", block.value, exact=dwc[0] == "lossless") is None:
+                if job.refusal(block, "dwc", exact=dwc[0] == "lossless") is None:
                     folded.add(block.value.weight)
     together: dict[float, list[Target]] = {}
     for target in candidates(job):
@@ -145,8 +145,8 @@ def parts(job: Job, measured: Measured) -> list[list[list[Unit]]]:
     for block in job.layout.attentions:
         query_key = [block.query.weight, block.key.weight]
         folds = {}
-        for kind, matrix in (("IRC", block.query), ("DWC", block.value)):
-            reason = job.refusal(block, kind.lower(), matrix, exact=False)
+        for kind in ("IRC", "DWC"):
+            reason = job.refusal(block, kind.lower(), exact=False)
             if reason is None:
                 folds[kind] = measured.fold_units(block, kind)
             else:

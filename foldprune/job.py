@@ -186,6 +186,8 @@ class Job:
         for name, array in self.arrays.items():
             if tensors.is_weight_dtype(array.dtype):
                 continue
+            if name in self.layout.quantised:  # layout's notes name it
+                continue
             if tensors.is_extension_float(array.dtype):
                 self.notes.append(f"{name}: {array.dtype} passes through untouched")
             elif self.layout.groups[name] != "other":
@@ -208,7 +210,7 @@ class Job:
         self._fold(
             "IRC",
             {"query": block.query, "key": block.key},
-            self.refusal(block, "irc", block.query, exact=ranks is None),
+            self.refusal(block, "irc", exact=ranks is None),
             lambda: irc.fold(block, self.arrays, ranks, self.threads, moments, source),
             method,
         )
@@ -225,7 +227,7 @@ class Job:
         fold = self._fold(
             "DWC",
             {"value": block.value},
-            self.refusal(block, "dwc", block.value, exact),
+            self.refusal(block, "dwc", exact),
             lambda: dwc.fold(block, self.arrays, mode, self.threads, moments),
             method,
         )
@@ -254,18 +256,19 @@ class Job:
         self.refuse(tuple(matrices.values()), f"{name} left out: {reason}")
         return None
 
-    def refusal(
-        self, block: AttentionBlock, method: str, matrix: Matrix, exact: bool
-    ) -> str | None:
+    def refusal(self, block: AttentionBlock, method: str, exact: bool) -> str | None:
+        """Why "irc" or "dwc" cannot be applied to a block; ``exact``: on its lossless level."""
         if method in block.forbidden:
             return block.forbidden[method]
-        dtype = self.arrays[matrix.weight].dtype
-        if exact and not exact_in(dtype):
+        changed = (block.query, block.key) if method == "irc" else (block.value, block.output)
+        dtypes = [self.arrays[matrix.weight].dtype for matrix in changed]
+        for dtype in dtypes:
+            if not tensors.is_weight_dtype(dtype):
+                return f"{dtype} weights pass through untouched"
+        if exact and not exact_in(dtype := dtypes[0]):
             return (
                 f"in {dtype} a change of gauge would re-round every weight, which is not lossless"
             )
-        if tensors.is_extension_float(dtype) and not tensors.is_weight_dtype(dtype):
-            return f"{dtype} weights pass through untouched"
         return None
 
     def refuse(self, matrices: Sequence[Matrix], text: str) -> None:

@@ -146,11 +146,11 @@ def foldable(job: Job) -> list[tuple[AttentionBlock, str]]:
     others are not is noted."""
     logits, values = [], []
     for block in job.layout.attentions:
-        if (reason := job.refusal(block, "irc", block.query, exact=False)) is None:
+        if (reason := job.refusal(block, "irc", exact=False)) is None:
             logits.append((block, "IRC"))
         else:
             job.refuse((block.query, block.key), f"IRC left out: {reason}")
-        if (reason := job.refusal(block, "dwc", block.value, exact=False)) is None:
+        if (reason := job.refusal(block, "dwc", exact=False)) is None:
             values.append((block, "DWC"))
         else:
             job.refuse((block.value,), f"DWC left out: {reason}")

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -568,8 +569,6 @@ def test_float8_passes_through_and_is_named(how, dtype, tmp_path):
     eight = [name for name in state if "layers.1" in name and name.endswith("proj.weight")]
     for name in eight:
         state[name] = state[name].astype(kind)
-        state[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
-    state = {n: a for n, a in state.items() if not n.endswith("scale_inv")}
     path = tmp_path / "model.safetensors"
     foldprune.tensor_files.write_safetensors(str(path), state, state.values(), {})
     foldprune.compress_checkpoint(path, tmp_path / "out", num_heads=4, **how)
@@ -585,8 +584,87 @@ def test_float8_passes_through_and_is_named(how, dtype, tmp_path):
         assert result.report.removed > 0.1
 
 
+def quantised(name: str, weight: np.ndarray, kind: str) -> dict[str, np.ndarray]:
+    """What stands for a weight in checkpoints of that kind."""
+    (rows, cols), layer = weight.shape, name.removesuffix(".weight")
+    rng = np.random.default_rng(rows)
+    if kind == "gptq":
+        return {
+            f"{layer}.qweight": rng.integers(0, 99, (cols // 8, rows), np.int32),
+            f"{layer}.qzeros": rng.integers(0, 99, (2, rows // 8), np.int32),
+            f"{layer}.scales": rng.random((2, rows)).astype(np.float16),
+            f"{layer}.g_idx": np.arange(cols, dtype=np.int32) // (cols // 2),
+        }
+    if kind == "bitsandbytes-4bit":
+        return {
+            name: rng.integers(0, 99, (weight.size // 2, 1), np.uint8),
+            f"{name}.absmax": rng.integers(0, 99, weight.size // 64, np.uint8),
+            f"{name}.quant_map": rng.random(16, np.float32),
+            f"{name}.quant_state.bitsandbytes__nf4": rng.integers(0, 99, 30, np.uint8),
+        }
+    if kind == "bitsandbytes-8bit":
+        return {
+            name: rng.integers(-99, 99, weight.shape, np.int8),
+            f"{layer}.SCB": rng.random(rows, np.float32),
+        }
+    eight = {name: weight.astype(ml_dtypes.float8_e4m3fn)}
+    if kind == "compressed-tensors":
+        return eight | {
+            f"{layer}.weight_scale": rng.random((rows, 1), np.float32),
+            f"{layer}.input_scale": np.ones((), np.float32),
+        }
+    assert kind == "float8-blocks"
+    return eight | {f"{name}_scale_inv": rng.random((1, 1), np.float32)}
+
+
+QUANTISED = [
+    "gptq", "bitsandbytes-4bit", "bitsandbytes-8bit", "compressed-tensors", "float8-blocks",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("which", ["layers.1", "layers"])
+@pytest.mark.parametrize("how", [{"rate": 0.1}, {"recipe": Recipe(fpp=0.5, irc=2, dwc=2)}])
+def test_quantised_layers_pass_through_with_their_scales(how, which, kind, tmp_path):
+    state = reference.llama_state(vocab=400)
+    chosen = [name for name in state if which in name and name.endswith("proj.weight")]
+    kept: dict[str, np.ndarray] = {}
+    for name in chosen:
+        kept |= quantised(name, state.pop(name), kind)
+    state |= kept
+    path = tmp_path / "model.safetensors"
+    foldprune.tensor_files.write_safetensors(str(path), state, state.values(), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", foldprune.FoldRefusedWarning)
+        foldprune.compress_checkpoint(path, tmp_path / "out", num_heads=4, **how)
+        result = foldprune.compress(state, num_heads=4, **how)
+    for compressed in (result, foldprune.load(tmp_path / "out")):
+        for name, array in kept.items():
+            assert reference.same_bytes(compressed[name], array)
+        for name in chosen:
+            layer = name.removesuffix(".weight")
+            assert any(f"{layer}: quantised" in note for note in compressed.report.notes)
+        assert compressed.report["model.embed_tokens.weight"].removed > 0
+        if which == "layers.1":
+            assert compressed.report["model.layers.0.mlp.up_proj.weight"].removed > 0
+
+
+def test_a_fold_needs_both_of_its_matrices():
+    """A quantised key beside a float query, an output projection beside its value."""
+    state = reference.llama_state()
+    for part in ("k_proj", "o_proj"):
+        name = f"model.layers.0.self_attn.{part}.weight"
+        state |= quantised(name, state[name], "bitsandbytes-8bit")
+    with pytest.warns(foldprune.FoldRefusedWarning, match="int8 weights pass through"):
+        result = foldprune.compress(state, recipe=Recipe(irc=2, dwc=2), num_heads=4)
+    for part in ("q_proj", "v_proj"):
+        name = f"model.layers.0.self_attn.{part}.weight"
+        assert reference.same_bytes(result[name], state[name])
+        assert result.report[name.replace("layers.0", "layers.1")].removed > 0
+
+
 @pytest.mark.parametrize("recipe", [None, Recipe(fpp=0.5)])
-def test_quantised_weights_are_refused_by_name(recipe):
+def test_integer_weights_without_scales_are_refused_by_name(recipe):
     """Integers are not numbers to prune; the remedy is in the message."""
     state = reference.llama_state()
     name = "model.layers.1.mlp.up_proj.weight"

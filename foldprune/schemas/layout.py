@@ -12,6 +12,7 @@ from typing import Any
 from ..encodings import Array
 from ..errors import ModelError, TensorError, UnmatchedTensorWarning
 from .heads import set_heads
+from .quantised import find_quantised
 from .schema import Attention, FeedForward, Forbidden, Refusal, Schema, Slot
 
 __all__ = [
@@ -101,7 +102,7 @@ class Layout:
     """What every tensor of a state dict is. ``groups``: name to "embedding", "feed_forward",
     "attention_output", "qkv" or "other"; ``transposed``: weights stored (in x out);
     ``output_embeddings``: what the logits come from, ``output_patterns``: how the schema calls
-    them."""
+    them; ``quantised``: weights that pass through untouched with the scales beside them."""
 
     schema: str | None
     attentions: list[AttentionBlock]
@@ -112,6 +113,7 @@ class Layout:
     head_source: str = ""
     output_embeddings: set[str] = field(default_factory=set)
     output_patterns: tuple[str, ...] = ()
+    quantised: set[str] = field(default_factory=set)
 
     def names_output(self, name: str) -> bool:
         """Whether a tensor of this name, in the checkpoint or not, would give the logits."""
@@ -131,9 +133,18 @@ def find_layout(
 
     Raises ModelError for an unknown or incomplete one, or one that its configuration contradicts.
     """
-    schema = _choose(arrays, schemas, config)
-    finder = _Finder(arrays, schema)
+    quantised = find_quantised(arrays)
+    visible = {name: array for name, array in arrays.items() if name not in quantised.aside}
+    if quantised.aside and not any(
+        array.ndim == 2 and _in_block(n) for n, array in visible.items()
+    ):
+        return generic_layout(arrays)  # there is nothing to fold
+    schema = _choose(visible, schemas, config)
+    finder = _Finder(visible, schema)
     layout = finder.find()
+    layout.groups.update(dict.fromkeys(quantised.aside, "other"))
+    layout.quantised = quantised.scaled
+    layout.notes += quantised.notes
     layout.output_embeddings = finder.output_embeddings(tied or {})
     layout.output_patterns = schema.output_embeddings
     set_heads(layout, schema, config or {}, num_heads, need_heads)
@@ -157,8 +168,9 @@ def _setting(config: Mapping[str, Any], refusal: Refusal) -> Any:
 def generic_layout(arrays: Mapping[str, Array]) -> Layout:
     """Any state dict, for pruning alone: every two-dimensional float tensor is a weight matrix."""
     groups = dict.fromkeys(arrays, "other")
+    quantised = find_quantised(arrays)
     for name, array in arrays.items():
-        if array.ndim == 2:
+        if array.ndim == 2 and name not in quantised.aside | quantised.scaled:
             is_embedding = re.search(r"(^|[._])(embed\w*|wte|wpe|shared)\.", name)
             # integer matrices are buffers (positions, masks) unless they call themselves weights
             if array.dtype.kind not in "iub" or name.endswith("weight"):
@@ -167,7 +179,12 @@ def generic_layout(arrays: Mapping[str, Array]) -> Layout:
         "unknown architecture: every two-dimensional weight counts as embedding (by its name) or "
         "feed-forward"
     )
-    return Layout(None, [], [], groups, set(), [note])
+    notes = [note, *quantised.notes]
+    return Layout(None, [], [], groups, set(), notes, quantised=quantised.scaled)
+
+
+def _in_block(name: str) -> bool:
+    return re.search(r"(^|\.)\d+\.", name) is not None
 
 
 def _choose(
