@@ -87,7 +87,8 @@ class Recipe:
     irc
         Identical row compression of query and key: the rank kept per head (for models with rotary
         position embedding: the number of 2-planes), or "lossless". With a calibration the heads'
-        mean rank, spread over the heads of a block by what each rank explains.
+        mean rank, spread over the heads of a block by what each rank explains; a head with little
+        to tell may be left with none, and attends to all tokens alike.
     dwc
         Diagonal weight compression of value: "slice" (head i reads its own slice of the input; no
         grouped-query attention), "pivot" (the coordinates that matter most), a number (pivots, plus

@@ -184,13 +184,14 @@ def test_heads_of_different_ranks(known, token_ids):
             compressed = foldprune.compress(model, rate, calibration=calibration, threads=1)
             converted = convert(copy.deepcopy(model), compressed)
             close(logits(converted, token_ids), logits(models.loaded(model, compressed), token_ids))
-        compressed = foldprune.compress(
-            model, recipe=Recipe(irc=3, dwc=2), calibration=calibration, threads=1
-        )
-        converted = convert(copy.deepcopy(model), compressed)
-        folded = [m for m in converted.modules() if isinstance(m, FoldedAttention)]
-        assert len(folded) == 2
-        close(logits(converted, token_ids), logits(models.loaded(model, compressed), token_ids))
+        for irc in (1, 3):
+            compressed = foldprune.compress(
+                model, recipe=Recipe(irc=irc, dwc=2), calibration=calibration, threads=1
+            )
+            converted = convert(copy.deepcopy(model), compressed)
+            folded = [m for m in converted.modules() if isinstance(m, FoldedAttention)]
+            assert len(folded) == 2
+            close(logits(converted, token_ids), logits(models.loaded(model, compressed), token_ids))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "int8", "float32"])
