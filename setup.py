@@ -6,7 +6,7 @@ import numpy
 import scipy_openblas32
 from setuptools import Extension, setup
 
-# The library is loaded by `import scipy_openblas32` before the extension, so the extension needs
+# The library is loaded by foldprune/_openblas.py before the extension, so the extension needs
 # no run path to it: pip builds in an isolated environment whose paths are gone afterwards.
 core = Extension(
     "foldprune._core",

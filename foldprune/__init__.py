@@ -7,9 +7,10 @@
 >>> model.load_state_dict(foldprune.load("model.safetensors").state_dict())  # doctest: +SKIP
 """
 
-import scipy_openblas32 as _openblas  # noqa: F401  (loads the library that _core is linked to)
-
-from . import schemas
+from . import (
+    _openblas,  # noqa: F401  (first: loads the library that _core is linked to)
+    schemas,
+)
 from .api import compress
 from .calibration import Calibration
 from .checkpoints import compress_checkpoint, decompress_checkpoint

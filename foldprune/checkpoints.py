@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -370,9 +369,11 @@ def _stamp(path: str) -> list[int]:
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
     try:
-        return importlib.metadata.version("foldprune")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return version("foldprune")
+    except PackageNotFoundError:  # run from a source tree
         return "(not installed)"
 
 
