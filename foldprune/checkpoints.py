@@ -41,12 +41,12 @@ from .container import (
 from .encodings import Array
 from .errors import FoldRefusedWarning, FormatError
 from .files import locate, read_json
-from .job import Job, head_facts, settle_layout, settled_recipe
+from .job import Job, head_facts, settle_layout
 from .options import Progress, reporter, resolve_threads, silent
 from .prune import Cut
 from .recipe import Recipe
 from .report import Report, Row
-from .spread import choose, fill
+from .spread import choose, fill, settled_recipe
 from .tensor_files import SafetensorsFile, write_safetensors
 from .tensors import Checkpoint
 from .units import BY_RATE, Plan, Unit

@@ -39,9 +39,8 @@ from .schemas.layout import (
     find_layout,
     generic_layout,
 )
-from .spread import Option
 
-__all__ = ["Job", "head_facts", "residual_terms", "settle_layout", "settled_recipe"]
+__all__ = ["Job", "head_facts", "residual_terms", "settle_layout"]
 
 
 @dataclass
@@ -69,16 +68,6 @@ def head_facts(layout: Layout) -> dict[str, Any]:
     if any(block.heads != first.heads for block in blocks):
         facts["by_block"] = {block.name: block.heads for block in blocks}
     return facts
-
-
-def settled_recipe(options: Sequence[Option], pruned: int, weights: int) -> Recipe:
-    """The nearest recipe with uniform fields to what a rate has settled on."""
-    folds = any(option.ranks is not None for option in options)
-    return Recipe(
-        fpp=pruned / weights if 0 < pruned < weights else None,
-        irc="lossless" if folds else None,
-        dwc="lossless" if folds else None,
-    )
 
 
 def settle_layout(
@@ -265,9 +254,10 @@ class Job:
         for dtype in dtypes:
             if not tensors.is_weight_dtype(dtype):
                 return f"{dtype} weights pass through untouched"
-        if exact and not exact_in(dtype := dtypes[0]):
+        if exact and not exact_in(dtypes[0]):
             return (
-                f"in {dtype} a change of gauge would re-round every weight, which is not lossless"
+                f"in {dtypes[0]} a change of gauge would re-round every weight, which is not "
+                "lossless"
             )
         return None
 

@@ -18,8 +18,9 @@ from .allocate import TOLERANCE, above
 from .encodings import Array
 from .errors import RateError
 from .fold import Curve
+from .recipe import Recipe
 
-__all__ = ["Choice", "Option", "choose", "fill"]
+__all__ = ["Choice", "Option", "choose", "fill", "settled_recipe"]
 
 
 @dataclass
@@ -112,6 +113,16 @@ def fill(rate: float, total: int, choice: Choice, folded: int, weights: int) -> 
             f"{(folded + weights) / total:.4f}"
         )
     return pruned
+
+
+def settled_recipe(options: Sequence[Option], pruned: int, weights: int) -> Recipe:
+    """The nearest recipe with uniform fields to what a rate has settled on."""
+    folds = any(option.ranks is not None for option in options)
+    return Recipe(
+        fpp=pruned / weights if 0 < pruned < weights else None,
+        irc="lossless" if folds else None,
+        dwc="lossless" if folds else None,
+    )
 
 
 def _steps(option: Option) -> list[_Step]:

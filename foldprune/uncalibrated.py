@@ -12,7 +12,7 @@ import numpy as np
 from . import dwc, irc
 from .encodings import Array
 from .fold import Fold, Refused, exact_in
-from .job import Job, settled_recipe
+from .job import Job
 from .prune import (
     Cut,
     Target,
@@ -25,7 +25,7 @@ from .prune import (
 )
 from .recipe import Granularity, Recipe
 from .schemas.layout import AttentionBlock
-from .spread import Option, choose, fill
+from .spread import Option, choose, fill, settled_recipe
 
 __all__ = [
     "competitors",

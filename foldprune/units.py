@@ -67,7 +67,7 @@ class Plan:
 
     ``recipe``: None if a rate was spread. ``cuts``: thresholds by rate and granularity, one under
     ``BY_RATE`` for a spread rate; ``ranks``: for a spread rate those of every fold, in the order of
-    ``Job.foldable``.
+    ``uncalibrated.foldable``.
     """
 
     recipe: Recipe | None

@@ -12,7 +12,7 @@ from typing import Any
 from ..encodings import Array
 from ..errors import ModelError, TensorError, UnmatchedTensorWarning
 from .heads import set_heads
-from .quantised import find_quantised
+from .quantised import block_prefix, find_quantised
 from .schema import Attention, FeedForward, Forbidden, Refusal, Schema, Slot
 
 __all__ = [
@@ -135,9 +135,7 @@ def find_layout(
     """
     quantised = find_quantised(arrays)
     visible = {name: array for name, array in arrays.items() if name not in quantised.aside}
-    if quantised.aside and not any(
-        array.ndim == 2 and _in_block(n) for n, array in visible.items()
-    ):
+    if quantised.aside and not any(a.ndim == 2 and block_prefix(n) for n, a in visible.items()):
         return generic_layout(arrays)  # there is nothing to fold
     schema = _choose(visible, schemas, config)
     finder = _Finder(visible, schema)
@@ -169,8 +167,9 @@ def generic_layout(arrays: Mapping[str, Array]) -> Layout:
     """Any state dict, for pruning alone: every two-dimensional float tensor is a weight matrix."""
     groups = dict.fromkeys(arrays, "other")
     quantised = find_quantised(arrays)
+    untouched = quantised.aside | quantised.scaled
     for name, array in arrays.items():
-        if array.ndim == 2 and name not in quantised.aside | quantised.scaled:
+        if array.ndim == 2 and name not in untouched:
             is_embedding = re.search(r"(^|[._])(embed\w*|wte|wpe|shared)\.", name)
             # integer matrices are buffers (positions, masks) unless they call themselves weights
             if array.dtype.kind not in "iub" or name.endswith("weight"):
@@ -181,10 +180,6 @@ def generic_layout(arrays: Mapping[str, Array]) -> Layout:
     )
     notes = [note, *quantised.notes]
     return Layout(None, [], [], groups, set(), notes, quantised=quantised.scaled)
-
-
-def _in_block(name: str) -> bool:
-    return re.search(r"(^|\.)\d+\.", name) is not None
 
 
 def _choose(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..encodings import Array
 
-__all__ = ["Quantised", "find_quantised"]
+__all__ = ["Quantised", "block_prefix", "find_quantised"]
 
 # what lies beside a layer's weight, by GPTQ, AWQ, bitsandbytes, compressed-tensors, ModelOpt and
 # float8 checkpoints
@@ -55,19 +55,25 @@ def find_quantised(arrays: Mapping[str, Array]) -> Quantised:
         found.notes.append(f"{layer}: quantised ({dtype}), passes through untouched")
         if layer in packed or dtype.kind == "u":  # several numbers in each
             found.aside.add(weight)
-            if match := _BLOCK.match(layer):
-                blocks.add(match[0])
+            if prefix := block_prefix(layer):
+                blocks.add(prefix)
         else:
             found.scaled.add(weight)
     if found.notes:
         found.aside.update(name for name in arrays if _CACHE_SCALE.search(name))
-    for prefix in sorted(blocks):
-        found.aside.update(name for name in arrays if name.startswith(prefix))
-        found.notes.append(
-            f"{prefix}*: a layer's weight is packed, so that its shape is unknown; the whole block "
-            "passes through untouched"
-        )
+    found.aside.update(name for name in arrays if block_prefix(name) in blocks)
+    found.notes += [
+        f"{prefix}*: a layer's weight is packed, so that its shape is unknown; the whole block "
+        "passes through untouched"
+        for prefix in sorted(blocks)
+    ]
     return found
+
+
+def block_prefix(name: str) -> str | None:
+    """Up to the first number, as "model.layers.0."; None outside of all blocks."""
+    match = _BLOCK.match(name)
+    return match and match[0]
 
 
 def _is_quantised(dtype: object) -> bool:
