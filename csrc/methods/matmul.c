@@ -10,8 +10,8 @@
 #include "work.h"
 
 enum {
-    CHUNK = 1024, /* tokens */
-    GROUP = 4 /* tiles of results that stay in the second cache while a tile of x is in the first */
+    CHUNK = 384, /* tokens, whose transposed activations stay in the last cache */
+    GROUP = 8 /* tiles of results that stay in the second cache while a tile of x is in the first */
 };
 
 /* Tokens go in tiles as wide as registers allow, and alike: a narrow last one would cost the same
@@ -27,6 +27,37 @@ static token_tile token_tile_of(size_t tokens, size_t tiles, size_t i)
     token_tile t = {.first = before * FP_WIDTH_STEP, .width = (each + (i < wider)) * FP_WIDTH_STEP};
     t.count = tokens - t.first < t.width ? tokens - t.first : t.width;
     return t;
+}
+
+/* ---- what is read next ----------------------------------------------------------------
+ *
+ * Tiles lie where no hardware prefetcher expects them. While one is worked on, what the next one
+ * needs is asked for, into the second cache. */
+
+enum { LINE = 64 }; /* bytes; another size of lines costs time alone */
+
+static void prefetch(const void *from, size_t bytes)
+{
+    for (size_t at = 0; at < bytes; at += LINE)
+        __builtin_prefetch((const char *)from + at, 0, 2);
+}
+
+/* The i-th of n parts. */
+static void prefetch_part(const void *from, size_t bytes, size_t i, size_t n)
+{
+    size_t begin = bytes * i / n / LINE * LINE;
+    prefetch((const char *)from + begin, bytes * (i + 1) / n - begin);
+}
+
+/* A tile's mask and values, if there is such a tile. */
+static void prefetch_tile(const fp_packed *p, size_t row, size_t col)
+{
+    if (row >= fp_tiles_in(p->rows) || col >= fp_tiles_in(p->cols))
+        return;
+    fp_tile tile = fp_packed_tile(p, row, col);
+    size_t item = fp_packed_item_size(p->dtype);
+    prefetch(tile.mask, tile.rows * sizeof *tile.mask);
+    prefetch((const char *)p->values + tile.offset * item, tile.kept * item);
 }
 
 /* ---- by tiles, for both types -------------------------------------------------------- */

@@ -83,6 +83,8 @@ static void NAME(forward_task)(void *context, size_t item, int worker)
         for (size_t row = first; row < end; row++) {
             fp_tile tile = fp_packed_tile(p, row, col);
             const REAL *values = NAME(values)(c->kernels, p, tile.offset, tile.kept, b->values);
+            if (col + 1 < fp_tiles_in(p->cols))
+                prefetch_part(x + size, size * sizeof(REAL), row - first, end - first);
             NAME(forward)(c->kernels, tile.mask, tile.rows, values, x, tokens.width,
                           b->sums + (row - first) * size);
         }
@@ -111,6 +113,12 @@ static void NAME(backward_task)(void *context, size_t item, int worker)
         for (size_t col = first; col < end; col++) {
             fp_tile tile = fp_packed_tile(p, row, col);
             const REAL *values = NAME(values)(c->kernels, p, tile.offset, tile.kept, b->values);
+            if (col + 1 < end)
+                prefetch_tile(p, row, col + 1);
+            else
+                prefetch_tile(p, row + 1, first);
+            if (row + 1 < fp_tiles_in(p->rows))
+                prefetch_part(dy + size, size * sizeof(REAL), col - first, end - first);
             NAME(backward)(c->kernels, tile.mask, tile.rows, values, dy, tokens.width,
                            b->sums + (col - first) * size);
         }
@@ -128,10 +136,13 @@ static void NAME(gradient_task)(void *context, size_t item, int worker)
     (void)worker;
     for (size_t i = 0; i < c->token_tiles; i++) {
         token_tile tokens = token_tile_of(c->tokens, c->token_tiles, i);
+        size_t size = FP_TILE * tokens.width;
         for (size_t col = 0; col < fp_tiles_in(p->cols); col++) {
             const REAL *x = NAME(tile)(c->xt, p->cols, &tokens, col);
             for (size_t row = first; row < end; row++) {
                 fp_tile tile = fp_packed_tile(p, row, col);
+                if (col + 1 < fp_tiles_in(p->cols))
+                    prefetch_part(x + size, size * sizeof(REAL), row - first, end - first);
                 NAME(gradient)(c->kernels, tile.mask, tile.rows,
                                NAME(tile)(c->dyt, p->rows, &tokens, row), x, tokens.width,
                                c->y + tile.offset);
