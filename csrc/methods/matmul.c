@@ -49,10 +49,10 @@ static void prefetch_part(const void *from, size_t bytes, size_t i, size_t n)
     prefetch((const char *)from + begin, bytes * (i + 1) / n - begin);
 }
 
-/* A tile's mask and values, if there is such a tile. */
+/* A tile's mask and values, if there is such a row of tiles. */
 static void prefetch_tile(const fp_packed *p, size_t row, size_t col)
 {
-    if (row >= fp_tiles_in(p->rows) || col >= fp_tiles_in(p->cols))
+    if (row >= fp_tiles_in(p->rows))
         return;
     fp_tile tile = fp_packed_tile(p, row, col);
     size_t item = fp_packed_item_size(p->dtype);
