@@ -31,18 +31,22 @@ Timed = dict[str, Callable[[], object]]
 
 SHAPES = [(3072, 768), (768, 3072), (4096, 11008)]  # out x in
 TOKENS = (64, 128, 256, 512, 1024)
-CALLS, PAUSE = 4, 0.1
+CALLS, PAUSE, WARM_UP = 4, 0.1, 0.005
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def medians(calls: Timed, rounds: int) -> dict[str, float]:
     """Seconds of every call: in each round every one has a few calls in a row, after a pause in
-    which the threads of the one before, which look for more work, go to sleep."""
+    which the threads of the one before, which look for more work, go to sleep, and a time in which
+    its own wake up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(-(-rounds // CALLS)):
         for name, call in calls.items():
             time.sleep(PAUSE)
+            start = time.perf_counter()
             call()
+            while time.perf_counter() - start < WARM_UP:
+                call()
             for _ in range(CALLS):
                 start = time.perf_counter()
                 call()

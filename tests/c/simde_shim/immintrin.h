@@ -40,6 +40,7 @@ FP_SHIM_FMA(512, 16)
 /* What SIMDe lacks. */
 typedef uint8_t __mmask8;
 typedef uint16_t __mmask16;
+#define _cvtu64_mask64(m) ((uint64_t)(m))
 #define _mm_popcnt_u32(m) __builtin_popcount(m)
 #define _mm_popcnt_u64(m) __builtin_popcountll(m)
 #define _tzcnt_u64(m) ((size_t)__builtin_ctzll(m)) /* of kernels, never 0 */
