@@ -1,6 +1,8 @@
+#define _GNU_SOURCE /* for affinities */
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 
@@ -11,7 +13,7 @@ enum { ACTIVE = 0xffff, OPEN = 1 << 16, NUMBER_SHIFT = 17 };
 
 /* Before a thread sleeps: a few tenths of a millisecond, as waking it may take one, and calls come
  * in a row with a little other work between them. */
-enum { SPINS = 20000 };
+enum { SPINS = 16384, SPINS_A_YIELD = 32 };
 
 static struct pool {
     atomic_uint_fast64_t state;
@@ -19,8 +21,9 @@ static struct pool {
     fp_task task;
     void *context;
     size_t items;
-    int threads; /* of the job, with the caller */
-    int workers; /* that exist */
+    int threads;   /* of the job, with the caller */
+    int workers;   /* that exist */
+    int processor; /* of the caller that woke workers last */
     atomic_int sleeping;
     pthread_mutex_t caller; /* held by the one call that has the pool */
     pthread_mutex_t lock;
@@ -30,8 +33,12 @@ static struct pool {
           .posted = PTHREAD_COND_INITIALIZER,
           .finished = PTHREAD_COND_INITIALIZER};
 
-static inline void pause_briefly(void)
+/* The i-th of the spins. Now and then the processor is offered to others: a thread may have been
+ * woken on that of the one which it waits for, and would keep it from running. */
+static inline void spin(int i)
 {
+    if (i % SPINS_A_YIELD == SPINS_A_YIELD - 1)
+        sched_yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -49,11 +56,38 @@ static void take_items(int worker)
     }
 }
 
+/* The processor that the thread runs on, or -1. */
+static int processor(void)
+{
+#if defined(__linux__)
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+/* A thread may be woken on the processor of the one that calls it, and stay there for milliseconds
+ * while others are idle: it moves, and may then be anywhere again. */
+static void leave(int taken)
+{
+#if defined(__linux__)
+    cpu_set_t all, others;
+    if (taken < 0 || taken != processor() || sched_getaffinity(0, sizeof all, &all))
+        return;
+    others = all;
+    CPU_CLR(taken, &others);
+    if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others))
+        sched_setaffinity(0, sizeof all, &all);
+#else
+    (void)taken;
+#endif
+}
+
 static uint64_t await_other(uint64_t number)
 {
     uint64_t state = atomic_load(&pool.state);
     for (int i = 0; i < SPINS && state >> NUMBER_SHIFT == number; i++) {
-        pause_briefly();
+        spin(i);
         state = atomic_load(&pool.state);
     }
     if (state >> NUMBER_SHIFT != number)
@@ -63,7 +97,9 @@ static uint64_t await_other(uint64_t number)
     while ((state = atomic_load(&pool.state)) >> NUMBER_SHIFT == number)
         pthread_cond_wait(&pool.posted, &pool.lock);
     atomic_fetch_sub(&pool.sleeping, 1);
+    int taken = pool.processor;
     pthread_mutex_unlock(&pool.lock);
+    leave(taken);
     return state;
 }
 
@@ -141,13 +177,14 @@ static void run_pooled(size_t items, int threads, fp_task task, void *context)
     atomic_store(&pool.state, number << NUMBER_SHIFT | OPEN);
     if (atomic_load(&pool.sleeping)) {
         pthread_mutex_lock(&pool.lock);
+        pool.processor = processor();
         pthread_cond_broadcast(&pool.posted);
         pthread_mutex_unlock(&pool.lock);
     }
     take_items(0);
     uint64_t state = atomic_fetch_and(&pool.state, ~(uint64_t)OPEN);
     for (int i = 0; i < SPINS && state & ACTIVE; i++) {
-        pause_briefly();
+        spin(i);
         state = atomic_load(&pool.state);
     }
     if (!(state & ACTIVE))
