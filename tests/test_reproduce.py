@@ -344,20 +344,28 @@ def test_the_new_head_learns_at_a_rate_of_its_own(make_model):
             assert rates[id(parameter)] == (HEAD_LR if of_head else 1e-4)
 
 
-@pytest.mark.parametrize(("rate", "lr"), [(0.3, 1e-3), ("paper", 2e-3)])
-def test_the_recipe_paper_is_recovered_at_a_rate_of_its_own(make_model, monkeypatch, rate, lr):
-    seen: list[float] = []
+@pytest.mark.parametrize(("rate", "course"), [(0.3, (1, 1e-3)), ("paper", (2, 2e-3))])
+def test_the_recipe_paper_has_a_recovery_of_its_own(make_model, monkeypatch, rate, course):
+    seen: list[tuple[int, float]] = []
 
-    def recover(*_: Any, lr: float, **__: Any) -> foldprune.torch.Recovery:
-        seen.append(lr)
+    def recover(*_: Any, steps: int, lr: float, **__: Any) -> foldprune.torch.Recovery:
+        seen.append((steps, lr))
         return foldprune.torch.Recovery()
 
     monkeypatch.setattr(foldprune.torch, "recover", recover)
     made = students.Students(
-        make_model("bert"), [], [], steps=1, lr=1e-3, paper_lr=2e-3, facts={}, folder=None
+        make_model("bert"),
+        [],
+        [],
+        steps=1,
+        lr=1e-3,
+        paper_steps=2,
+        paper_lr=2e-3,
+        facts={},
+        folder=None,
     )
     made.compressed("magnitude", rate, quiet)
-    assert seen == [lr]
+    assert seen == [course]
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])

@@ -35,9 +35,10 @@ class Budget:
     """What every run may spend. Sequences of at most ``length`` tokens, ``batch`` of them a step.
 
     ``calibration``: sequences to calibrate on; ``recovery``: steps on unlabelled text;
-    ``steps``: of fine-tuning; ``test``: rows of a test split, or tokens of a text. The learning
-    rates are the same for all methods; ``paper_...`` are those for what the recipe paper, or others
-    in its place, made, if they differ: little is left there to spoil, and much to be learnt.
+    ``steps``: of fine-tuning; ``test``: rows of a test split, or tokens of a text. Steps and
+    learning rates are the same for all methods; ``paper_...`` are those for what the recipe paper,
+    or others in its place, made, if they differ: little is left there to spoil, and much to be
+    learnt.
     """
 
     length: int
@@ -48,8 +49,15 @@ class Budget:
     steps: int
     lr: float
     test: int
+    paper_recovery: int | None = None
     paper_recovery_lr: float | None = None
     paper_lr: float | None = None
+
+    @property
+    def sequences(self) -> int:
+        """Of unlabelled text, that the longest recovery does not see any twice."""
+        steps = max(self.recovery, self.paper_recovery or 0)
+        return self.calibration + steps * self.batch
 
 
 class Protocol(ABC):
@@ -94,15 +102,18 @@ class Classification(Protocol):
         length=64,
         batch=32,
         calibration=1024,
-        recovery=1000,
+        recovery=200,
         recovery_lr=3e-4,
         steps=100,
         lr=3e-4,
         test=1000,
+        paper_recovery=1000,
         paper_recovery_lr=2e-3,
         paper_lr=1e-3,
     )
-    quick_budget = replace(budget, calibration=128, recovery=4, steps=12, test=200)
+    quick_budget = replace(
+        budget, calibration=128, recovery=4, paper_recovery=4, steps=12, test=200
+    )
 
     def __init__(self, settings: Budget, corpus: Sequence[str], folder: str) -> None:
         super().__init__(settings, corpus, folder)
@@ -143,8 +154,7 @@ class Classification(Protocol):
     def _students(self, model: str) -> tuple[Students, Any]:
         settings = self.settings
         dense, tokenizer = models.encoder(model)
-        count = settings.calibration + settings.recovery * settings.batch
-        unlabelled = _mixed([self.dataset(name) for name in self.corpus], count)
+        unlabelled = _mixed([self.dataset(name) for name in self.corpus], settings.sequences)
         rng = np.random.default_rng(0)
 
         def batches(texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
@@ -157,6 +167,7 @@ class Classification(Protocol):
             batches(unlabelled[settings.calibration :] or unlabelled),
             steps=settings.recovery,
             lr=settings.recovery_lr,
+            paper_steps=settings.paper_recovery,
             paper_lr=settings.paper_recovery_lr,
             facts={"model": model, **self.facts()},
             folder=os.path.join(self.folder, "models"),
@@ -223,10 +234,9 @@ class Language(Protocol):
     def _students(self, model: str, seed: int) -> Students:
         settings = self.settings
         dense, tokenizer = self.model_of(model)
-        count = settings.calibration + settings.recovery * settings.batch
         documents = list(self.dataset(self.corpus[0]).train.texts)
         np.random.default_rng(seed).shuffle(documents)
-        ids = _encode(tokenizer, documents, count * settings.length)
+        ids = _encode(tokenizer, documents, settings.sequences * settings.length)
         rows = ids[: len(ids) // settings.length * settings.length].reshape(-1, settings.length)
         batches = [{"input_ids": batch} for batch in torch.split(rows, settings.batch)]
         first = -(-settings.calibration // settings.batch)
@@ -236,6 +246,7 @@ class Language(Protocol):
             batches[first:] or batches,
             steps=settings.recovery,
             lr=settings.recovery_lr,
+            paper_steps=settings.paper_recovery,
             paper_lr=settings.paper_recovery_lr,
             facts={"model": model, "seed": seed, **self.facts()},
             folder=None,  # half a gigabyte each

@@ -39,7 +39,7 @@ class Students:
     ``calibration`` and ``recovery``: unlabelled batches, the same for all methods; ``facts``: what
     the models depend on besides method and rate, plain JSON; ``folder``: where they are kept
     (None: only the last one is, in memory). They are recovered for ``steps`` at ``lr``, what
-    the recipe paper made (or others, in its place) at ``paper_lr``.
+    the recipe paper made (or others, in its place) for ``paper_steps`` at ``paper_lr``, if given.
     """
 
     def __init__(
@@ -50,13 +50,15 @@ class Students:
         *,
         steps: int,
         lr: float,
+        paper_steps: int | None = None,
         paper_lr: float | None = None,
         facts: Mapping[str, Any],
         folder: str | None,
     ) -> None:
         self.dense = dense.requires_grad_(False)
         self.batches, self.recovery = calibration, recovery
-        self.steps, self.lr, self.paper_lr = steps, lr, paper_lr or lr
+        self.course = steps, lr
+        self.paper_course = paper_steps or steps, paper_lr or lr
         self.facts, self.folder = dict(facts), folder
         self._last: tuple[str, Compressed] | None = None
 
@@ -108,12 +110,13 @@ class Students:
         student = runtime.convert(copy.deepcopy(self.dense).requires_grad_(True), compressed)
         for parameter in _embeddings(student):
             parameter.requires_grad_(False)
+        steps, lr = self.paper_course if rate == PAPER else self.course
         done = runtime.recover(
             student,
             self.dense,
             self.recovery,
-            steps=self.steps,
-            lr=self.paper_lr if rate == PAPER else self.lr,
+            steps=steps,
+            lr=lr,
             layerwise=LAYERWISE,
             progress=progress,
         )

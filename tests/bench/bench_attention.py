@@ -1,6 +1,6 @@
 """Attention over folded heads: time by length, error, and torch's attention in the same run.
 
-    python tests/bench/bench_attention.py [threads ...]
+    python tests/bench/bench_attention.py [--threads 1 2]
 
 Every head has 64 values; "torch" is scaled_dot_product_attention with 64-dimensional queries and
 keys, what the folded head replaces. Times are medians, in ms, of calls in turn, so that other work
@@ -9,8 +9,8 @@ on the machine falls on all of them alike.
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 import time
 from collections.abc import Callable
 
@@ -169,11 +169,14 @@ def bench_decode() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
     print(f"foldprune {foldprune._core.isa()}, torch {torch.__version__}; {HEADS} heads")
     torch.set_num_threads(1)
     bench_error()
     bench_decode()
-    for threads in [int(x) for x in sys.argv[1:]] or [1, 2]:
+    for threads in args.threads:
         torch.set_num_threads(threads)
         print(f"\n==== threads: {threads} ====")
         bench_slope(threads)
