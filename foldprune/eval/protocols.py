@@ -70,6 +70,7 @@ class Protocol(ABC):
     quick_sets: ClassVar[tuple[str, ...]]
     labelled: ClassVar[bool]  # whether its sets are
     model: ClassVar[str]
+    rates: ClassVar[tuple[Rate, ...]]
     budget: ClassVar[Budget]
     quick_budget: ClassVar[Budget]
 
@@ -98,6 +99,7 @@ class Classification(Protocol):
     quick_sets = ("trec", "sms-spam")
     labelled = True
     model = models.MINILM
+    rates = (0.2, 0.4, PAPER)
     budget = Budget(
         length=64,
         batch=32,
@@ -196,6 +198,7 @@ class Language(Protocol):
     quick_sets = ("wikitext-2", "shakespeare")
     labelled = False
     model = models.SMOLLM2
+    rates = (0.2, 0.4, 0.7, PAPER)
     budget = Budget(
         length=512,
         batch=2,

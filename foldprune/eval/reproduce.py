@@ -19,7 +19,6 @@ from .table import Run, Table
 
 __all__ = ["TABLES", "reproduce"]
 
-DEFAULT_RATES: tuple[Rate, ...] = (0.2, 0.4, PAPER)
 TABLES: dict[str, type[Protocol]] = {kind.name: kind for kind in (Classification, Language)}
 
 
@@ -55,7 +54,8 @@ def reproduce(
         As ``foldprune.eval.datasets.load`` takes them.
     methods, rates, seeds
         Which of METHODS (and "dense"); shares of the model to remove, or "paper" for
-        ``Recipe.paper()``; numbers. By default all methods, 0.2, 0.4 and "paper", and 0 and 1.
+        ``Recipe.paper()``; numbers. By default all methods, 0.2, 0.4, of language models also 0.7,
+        and "paper", and 0 and 1.
     budget
         In place of the table's own.
     progress
@@ -84,7 +84,7 @@ def reproduce(
             tuple(models or (kind.model,)),
             sets,
             _methods(methods),
-            _rates(rates),
+            _rates(rates) or kind.rates,
             tuple(seeds if seeds is not None else ((0,) if quick else (0, 1))),
         )
     )
@@ -161,4 +161,4 @@ def _rates(rates: Sequence[Rate] | None) -> tuple[Rate, ...]:
     for rate in rates or ():
         if rate != PAPER and not (isinstance(rate, (int, float)) and 0 < rate < 1):
             raise ValueError(f"rate {rate!r}: expected a share in (0, 1), or {PAPER!r}")
-    return tuple(rates or DEFAULT_RATES)
+    return tuple(rates or ())
