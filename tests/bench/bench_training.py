@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import resource
 import time
@@ -31,6 +32,7 @@ from foldprune.eval.finetune import Classifier, Texts
 from foldprune.torch import calibrate, convert
 
 TOKENS = 512  # of a sequence of the GPT-2-shaped model
+WINDOW = 50  # steps that a loss is smoothed over
 
 
 class Task:
@@ -123,13 +125,16 @@ TASKS: dict[str, Callable[[], Task]] = {"minilm": Reviews, "gpt2": Bytes}
 
 
 def _train(task: str, options: dict[str, Any], results: Any) -> None:
-    """Trains for ``steps``, or until the smoothed loss is at most ``until``."""
+    """Trains for ``steps``, or until the smoothed loss is at most ``until``; and when it first was
+    at most what it is in the end, as a noisy loss may come by long before."""
     torch.set_num_threads(options["threads"])
     made = TASKS[task]()
     warm_up = options.get("warm_up", 0)  # dense steps before it is compressed
     start = time.perf_counter()
     losses: list[float] = []
+    smooth: list[float] = []
     seconds: list[float] = []
+    walls: list[float] = []
     batches = made.batches(0)
     optimizer = None
     for step in range(options["steps"]):
@@ -147,8 +152,11 @@ def _train(task: str, options: dict[str, Any], results: Any) -> None:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - begin)
-        if len(losses) >= 20 and mean(losses[-20:]) <= options.get("until", 0.0):
+        walls.append(time.perf_counter() - start)
+        smooth.append(mean(losses[-WINDOW:]) if len(losses) >= WINDOW else math.inf)
+        if smooth[-1] <= options.get("until", 0.0):
             break
+    first = next(i for i, value in enumerate(smooth) if value <= smooth[-1])
     state = 0
     if optimizer is not None:
         tensors = [v for s in optimizer.state.values() for v in s.values()]
@@ -159,9 +167,9 @@ def _train(task: str, options: dict[str, Any], results: Any) -> None:
             "step": median(seconds[len(seconds) // 2 :]),
             "optimizer_mb": state / 1e6,
             "peak_mb": peak,
-            "loss": mean(losses[-20:]),
-            "steps": len(losses),
-            "wall": time.perf_counter() - start,
+            "loss": smooth[-1],
+            "first": first + 1,  # steps
+            "wall": walls[first],
         }
     )
 
@@ -204,8 +212,9 @@ def loss(tasks: list[str], threads: int, rank: int, rate: float, steps: int, war
             warm_up=warm,
         )
         print(
-            f"{task}: dense {dense['loss']:.3f} after {dense['wall']:.0f} s and {steps} steps; "
-            f"compressed {ours['loss']:.3f} after {ours['wall']:.0f} s and {ours['steps']} steps",
+            f"{task}: dense {dense['loss']:.3f} first after {dense['wall']:.0f} s and "
+            f"{dense['first']} steps of {steps}; compressed {ours['loss']:.3f} after "
+            f"{ours['wall']:.0f} s and {ours['first']} steps",
             flush=True,
         )
 
