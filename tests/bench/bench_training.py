@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import resource
 import time
@@ -153,10 +152,11 @@ def _train(task: str, options: dict[str, Any], results: Any) -> None:
         losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - begin)
         walls.append(time.perf_counter() - start)
-        smooth.append(mean(losses[-WINDOW:]) if len(losses) >= WINDOW else math.inf)
-        if smooth[-1] <= options.get("until", 0.0):
+        smooth.append(mean(losses[-WINDOW:]))
+        if len(losses) >= WINDOW and smooth[-1] <= options.get("until", 0.0):
             break
-    first = next(i for i, value in enumerate(smooth) if value <= smooth[-1])
+    whole = range(min(WINDOW, len(losses)) - 1, len(losses))  # with a whole window, if there is one
+    first = next(i for i in whole if smooth[i] <= smooth[-1])
     state = 0
     if optimizer is not None:
         tensors = [v for s in optimizer.state.values() for v in s.values()]
