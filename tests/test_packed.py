@@ -180,14 +180,15 @@ def test_float64_goes_through_the_specification() -> None:
         assert np.allclose(found, kept(packed, dy.T @ x), atol=1e-11)
 
 
-def test_many_tokens_go_through_in_chunks() -> None:
+@pytest.mark.parametrize("threads", [2, 40])  # each with tiles of its own; too many for that
+def test_many_tokens(threads: int) -> None:
     packed = foldprune.pack(matrix(70, 100).astype(np.float32))
     w = packed.unpack().astype(np.float64)
     x, dy = normal(2500, 100), normal(2500, 70)
     for method in METHODS:
-        close(_core.matmul(packed._core, x, None, 2, method), x @ w.T, 100)
-    close(_core.matmul_backward(packed._core, dy, 2), dy @ w, 70)
-    found = _core.matmul_gradient(packed._core, dy, x, 2)
+        close(_core.matmul(packed._core, x, None, threads, method), x @ w.T, 100)
+    close(_core.matmul_backward(packed._core, dy, threads), dy @ w, 70)
+    found = _core.matmul_gradient(packed._core, dy, x, threads)
     close(found, kept(packed, dy.astype(np.float64).T @ x), 2500)
 
 
@@ -195,7 +196,7 @@ def test_many_tokens_go_through_in_chunks() -> None:
 def test_bytes_do_not_depend_on_threads(isa: str) -> None:
     for dtype in DTYPES:
         packed = foldprune.pack(matrix(700, 300).astype(np.float32), dtype=dtype)
-        x, dy = normal(150, 300), normal(150, 700)
+        x, dy = normal(170, 300), normal(170, 700)
 
         def results(
             threads: int, packed: Packed = packed, x: Array = x, dy: Array = dy

@@ -1,6 +1,7 @@
 /* Checked views of Python arguments. Nothing here copies. */
 #include "binding.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,17 +20,36 @@ PyObject *array_or_raise(PyArrayObject *array, fp_status status)
     return raise_status(status);
 }
 
+/* The last workspace, if it is not larger than this, is kept for the next call: to touch fresh
+ * pages may cost as much as what is done in them. */
+enum { LINE = 64, MOST_SPARE_BYTES = 32 << 20 };
+
+typedef struct block {
+    size_t bytes; /* that follow the block's first line */
+} block;
+
+static _Atomic(block *) spare;
+
 void *new_work(size_t bytes)
 {
-    void *work = bytes > SIZE_MAX - 64 ? NULL : aligned_alloc(64, bytes / 64 * 64 + 64);
-    if (!work)
-        PyErr_NoMemory();
-    return work;
+    block *found = atomic_exchange(&spare, NULL);
+    if (!found || found->bytes < bytes) {
+        free(found);
+        size_t rounded = bytes > SIZE_MAX - 2 * LINE ? 0 : (bytes + LINE - 1) / LINE * LINE;
+        found = rounded < bytes ? NULL : aligned_alloc(LINE, LINE + rounded);
+        if (!found)
+            return PyErr_NoMemory();
+        found->bytes = rounded;
+    }
+    return (char *)found + LINE;
 }
 
 void free_work(void *work)
 {
-    free(work);
+    block *done = work ? (block *)(void *)((char *)work - LINE) : NULL;
+    if (done && done->bytes <= MOST_SPARE_BYTES)
+        done = atomic_exchange(&spare, done);
+    free(done);
 }
 
 const fp_kernels *kernels_named(PyObject *module, const char *isa)

@@ -10,7 +10,8 @@
 #include "work.h"
 
 enum {
-    CHUNK = 384, /* tokens, whose transposed activations stay in the last cache */
+    CHUNK = 384,    /* tokens, whose transposed activations stay in the last cache */
+    LEAST_OWN = 80, /* tokens of a tile that one thread has for itself */
     GROUP = 8 /* tiles of results that stay in the second cache while a tile of x is in the first */
 };
 
@@ -27,6 +28,16 @@ static token_tile token_tile_of(size_t tokens, size_t tiles, size_t i)
     token_tile t = {.first = before * FP_WIDTH_STEP, .width = (each + (i < wider)) * FP_WIDTH_STEP};
     t.count = tokens - t.first < t.width ? tokens - t.first : t.width;
     return t;
+}
+
+/* In how many tiles tokens go if every thread has as many of its own, or 0: these would be too
+ * narrow. */
+static size_t own_tiles(size_t tokens, int threads)
+{
+    size_t workers = (size_t)fp_clamp_threads(threads);
+    size_t least = (tokens + FP_WIDTH_MAX - 1) / FP_WIDTH_MAX;
+    size_t tiles = (least + workers - 1) / workers * workers;
+    return tiles * LEAST_OWN <= tokens ? tiles : 0;
 }
 
 /* ---- what is read next ----------------------------------------------------------------

@@ -12,7 +12,9 @@
 enum { ACTIVE = 0xffff, OPEN = 1 << 16, NUMBER_SHIFT = 17 };
 
 /* Before a thread sleeps: a few tenths of a millisecond, as waking it may take one, and calls come
- * in a row with a little other work between them. */
+ * in a row with a little other work between them. A caller yields meanwhile, as what it waits for
+ * may not run; a worker that yielded to a thread which spins as well (BLAS's own) would be back
+ * only after a time slice. */
 enum { SPINS = 16384, SPINS_A_YIELD = 32 };
 
 static struct pool {
@@ -21,9 +23,9 @@ static struct pool {
     fp_task task;
     void *context;
     size_t items;
-    int threads;   /* of the job, with the caller */
-    int workers;   /* that exist */
-    int processor; /* of the caller that woke workers last */
+    int threads;          /* of the job, with the caller */
+    int workers;          /* that exist */
+    atomic_int processor; /* of the job's caller */
     atomic_int sleeping;
     pthread_mutex_t caller; /* held by the one call that has the pool */
     pthread_mutex_t lock;
@@ -33,12 +35,8 @@ static struct pool {
           .posted = PTHREAD_COND_INITIALIZER,
           .finished = PTHREAD_COND_INITIALIZER};
 
-/* The i-th of the spins. Now and then the processor is offered to others: a thread may have been
- * woken on that of the one which it waits for, and would keep it from running. */
-static inline void spin(int i)
+static inline void spin(void)
 {
-    if (i % SPINS_A_YIELD == SPINS_A_YIELD - 1)
-        sched_yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -66,20 +64,26 @@ static int processor(void)
 #endif
 }
 
-/* A thread may be woken on the processor of the one that calls it, and stay there for milliseconds
- * while others are idle: it moves, and may then be anywhere again. */
-static void leave(int taken)
+/* Whether this worker is where the latest job's caller is: there it keeps the other from running.
+ */
+static int with_caller(void)
+{
+    int taken = atomic_load_explicit(&pool.processor, memory_order_relaxed);
+    return taken >= 0 && taken == processor();
+}
+
+/* A worker may have been woken on the processor of the job's caller, and would stay there for as
+ * long as calls come in a row while others are idle: it moves, and may then be anywhere again. */
+static void leave_caller(void)
 {
 #if defined(__linux__)
     cpu_set_t all, others;
-    if (taken < 0 || taken != processor() || sched_getaffinity(0, sizeof all, &all))
+    if (!with_caller() || sched_getaffinity(0, sizeof all, &all))
         return;
     others = all;
-    CPU_CLR(taken, &others);
+    CPU_CLR(processor(), &others);
     if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others))
         sched_setaffinity(0, sizeof all, &all);
-#else
-    (void)taken;
 #endif
 }
 
@@ -87,7 +91,9 @@ static uint64_t await_other(uint64_t number)
 {
     uint64_t state = atomic_load(&pool.state);
     for (int i = 0; i < SPINS && state >> NUMBER_SHIFT == number; i++) {
-        spin(i);
+        if (i % SPINS_A_YIELD == SPINS_A_YIELD - 1 && with_caller())
+            sched_yield();
+        spin();
         state = atomic_load(&pool.state);
     }
     if (state >> NUMBER_SHIFT != number)
@@ -97,9 +103,7 @@ static uint64_t await_other(uint64_t number)
     while ((state = atomic_load(&pool.state)) >> NUMBER_SHIFT == number)
         pthread_cond_wait(&pool.posted, &pool.lock);
     atomic_fetch_sub(&pool.sleeping, 1);
-    int taken = pool.processor;
     pthread_mutex_unlock(&pool.lock);
-    leave(taken);
     return state;
 }
 
@@ -110,6 +114,7 @@ static void *serve(void *argument)
     for (;;) {
         uint_fast64_t state = await_other(seen);
         seen = state >> NUMBER_SHIFT;
+        leave_caller();
         int joined = 0;
         while (!joined && state & OPEN && state >> NUMBER_SHIFT == seen)
             joined = atomic_compare_exchange_weak(&pool.state, &state, state + 1);
@@ -172,19 +177,21 @@ static void run_pooled(size_t items, int threads, fp_task task, void *context)
     pool.context = context;
     pool.items = items;
     pool.threads = threads;
+    atomic_store_explicit(&pool.processor, processor(), memory_order_relaxed);
     atomic_store(&pool.next, 0);
     uint64_t number = (atomic_load(&pool.state) >> NUMBER_SHIFT) + 1;
     atomic_store(&pool.state, number << NUMBER_SHIFT | OPEN);
     if (atomic_load(&pool.sleeping)) {
         pthread_mutex_lock(&pool.lock);
-        pool.processor = processor();
         pthread_cond_broadcast(&pool.posted);
         pthread_mutex_unlock(&pool.lock);
     }
     take_items(0);
     uint64_t state = atomic_fetch_and(&pool.state, ~(uint64_t)OPEN);
     for (int i = 0; i < SPINS && state & ACTIVE; i++) {
-        spin(i);
+        if (i % SPINS_A_YIELD == SPINS_A_YIELD - 1)
+            sched_yield();
+        spin();
         state = atomic_load(&pool.state);
     }
     if (!(state & ACTIVE))

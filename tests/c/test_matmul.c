@@ -205,7 +205,7 @@ static void check_lookups(const fp_kernels *k, const fixture *f)
 int main(void)
 {
     static const size_t shapes[][2] = {{1, 1}, {64, 64}, {65, 63}, {70, 200}, {5, 129}, {0, 4}};
-    static const size_t tokens[] = {0, 1, 3, 5, 30, 97};
+    static const size_t tokens[] = {0, 1, 3, 5, 30, 97, 249, 170};
     static const double densities[] = {0, 0.001, 0.3, 1};
     find_variants();
     for (size_t v = 0; v < variant_count; v++)
