@@ -1,24 +1,24 @@
 /* The vector kernels of the matmul family, for instruction sets that expand values by a mask fast.
- * Beside what matmul_loop.h needs, a variant's file defines for every type of values
+ * Beside what matmul_loop.h needs, a variant's file defines the number of chains that a single
+ * token's sum goes through, FEW_CHAINS (of 2 the latency is not the limit, of 1 no addition is
+ * needed), and for every type of values
  *
- *     mask_bits(mask, part): the bits of the part-th LANES columns;
- *     expand_<suffix>(values, mask, part): LANES floats, the next values where one of these bits is
- *         set, 0 elsewhere; may read LANES values;
+ *     expand_<suffix>(values, mask, pair, w): w[0] and w[1] = the pair-th two times LANES columns,
+ *         the next values where a bit is set, 0 elsewhere; may read LANES values from the first
+ *         that it does not take; returns how many it takes;
  *
  * and includes this file after matmul_loop.h, and ends with FP_DEFINE_MATMUL(isa). */
 
 /* Every row's sums have lanes of their own until the end: rows of a tile share the vectors of x,
- * which stay in registers where there is one token. Few sums go through two chains each, as the
- * latency of one would be the limit. */
+ * which stay in registers where there is one token. */
 #define DEFINE_BODY(type, suffix)                                                                  \
     INLINE void vector_body_##suffix(const uint64_t *mask, size_t tiles, size_t rows,              \
                                      const type *values, const float *x, size_t stride, float *y,  \
-                                     const int tokens, const int chains)                           \
+                                     const size_t tokens, const int chains)                        \
     {                                                                                              \
-        vector sums[FP_TILE][FP_VECTOR_TOKENS];                                                    \
-        for (size_t i = 0; i < rows; i++)                                                          \
-            for (int t = 0; t < tokens; t++)                                                       \
-                sums[i][t] = zero();                                                               \
+        vector sums[FP_TILE * FP_VECTOR_TOKENS + 3];                                               \
+        for (size_t n = 0; n < rows * tokens + 3; n++)                                             \
+            sums[n] = zero();                                                                      \
         for (size_t tile = 0; tile < tiles; tile++, x += FP_TILE, mask += rows) {                  \
             vector first[FP_TILE / LANES];                                                         \
             FP_UNROLL                                                                              \
@@ -28,28 +28,31 @@
                 vector sum[FP_VECTOR_TOKENS][2];                                                   \
                 const uint8_t *bytes = (const uint8_t *)(mask + i);                                \
                 FP_UNROLL                                                                          \
-                for (int v = 0; v < FP_TILE / LANES; v++) {                                        \
-                    size_t bits = mask_bits(bytes, v);                                             \
-                    vector w = expand_##suffix(values, bytes, v);                                  \
-                    values += __builtin_popcountll(bits);                                          \
+                for (int pair = 0; pair < FP_TILE / LANES / 2; pair++) {                           \
+                    vector w[2];                                                                   \
+                    values += expand_##suffix(values, bytes, pair, w);                             \
                     FP_UNROLL                                                                      \
-                    for (int t = 0; t < tokens; t++) {                                             \
-                        vector from = t ? load(x + stride * (size_t)t + LANES * v) : first[v];     \
-                        vector before = v < chains ? zero() : sum[t][v % chains];                  \
-                        sum[t][v % chains] = muladd(w, from, v ? before : sums[i][t]);             \
+                    for (int side = 0; side < 2; side++) {                                         \
+                        const int v = 2 * pair + side;                                             \
+                        FP_UNROLL                                                                  \
+                        for (size_t t = 0; t < tokens; t++) {                                      \
+                            vector from = t ? load(x + stride * t + LANES * v) : first[v];         \
+                            vector before = v < chains ? zero() : sum[t][v % chains];              \
+                            sum[t][v % chains] =                                                   \
+                                muladd(w[side], from, v ? before : sums[i * tokens + t]);          \
+                        }                                                                          \
                     }                                                                              \
                 }                                                                                  \
                 FP_UNROLL                                                                          \
-                for (int t = 0; t < tokens; t++)                                                   \
-                    sums[i][t] = chains > 1 ? add(sum[t][0], sum[t][1]) : sum[t][0];               \
+                for (size_t t = 0; t < tokens; t++)                                                \
+                    sums[i * tokens + t] = chains > 1 ? add(sum[t][0], sum[t][1]) : sum[t][0];     \
             }                                                                                      \
         }                                                                                          \
-        for (size_t i = 0; i < rows; i++) {                                                        \
-            float total[FP_VECTOR_TOKENS];                                                         \
-            reduce4(sums[i][0], tokens > 1 ? sums[i][1] : zero(),                                  \
-                    tokens > 2 ? sums[i][2] : zero(), tokens > 3 ? sums[i][3] : zero(), total);    \
-            for (int t = 0; t < tokens; t++)                                                       \
-                y[FP_TILE * t + i] = total[t];                                                     \
+        for (size_t n = 0; n < rows * tokens; n += 4) {                                            \
+            float total[4];                                                                        \
+            reduce4(sums[n], sums[n + 1], sums[n + 2], sums[n + 3], total);                        \
+            for (size_t at = n; at < n + 4 && at < rows * tokens; at++)                            \
+                y[at % tokens * FP_TILE + at / tokens] = total[at - n];                            \
         }                                                                                          \
     }                                                                                              \
                                                                                                    \
@@ -57,10 +60,10 @@
     {                                                                                              \
         switch (tokens) {                                                                          \
         case 1:                                                                                    \
-            vector_body_##suffix(mask, tiles, rows, values, x, stride, y, 1, 2);                   \
+            vector_body_##suffix(mask, tiles, rows, values, x, stride, y, 1, FEW_CHAINS);          \
             break;                                                                                 \
         case 2:                                                                                    \
-            vector_body_##suffix(mask, tiles, rows, values, x, stride, y, 2, 2);                   \
+            vector_body_##suffix(mask, tiles, rows, values, x, stride, y, 2, FEW_CHAINS);          \
             break;                                                                                 \
         case 3:                                                                                    \
             vector_body_##suffix(mask, tiles, rows, values, x, stride, y, 3, 1);                   \

@@ -163,14 +163,15 @@ static void vector_task(void *context, size_t row, int worker)
     for (size_t token = 0; token < c->tokens; token += FP_VECTOR_TOKENS) {
         size_t count = c->tokens - token < FP_VECTOR_TOKENS ? c->tokens - token : FP_VECTOR_TOKENS;
         const float *x = c->padded + token * stride;
-        float y[2][FP_VECTOR_TOKENS * FP_TILE];
-        vector(first.mask, whole, first.rows, values + first.offset * item, x, stride, count, y[0]);
-        vector(first.mask + whole * first.rows, across - whole, first.rows, c->tails[worker],
-               x + whole * FP_TILE, stride, count, y[1]);
+        float y[FP_VECTOR_TOKENS * FP_TILE], rest[FP_VECTOR_TOKENS * FP_TILE] = {0};
+        vector(first.mask, whole, first.rows, values + first.offset * item, x, stride, count, y);
+        if (whole < across)
+            vector(first.mask + whole * first.rows, across - whole, first.rows, c->tails[worker],
+                   x + whole * FP_TILE, stride, count, rest);
         for (size_t t = 0; t < count; t++)
             for (size_t i = 0; i < first.rows; i++) {
                 size_t r = row * FP_TILE + i, at = t * FP_TILE + i;
-                float sum = (y[0][at] + y[1][at]) * (p->scale ? p->scale[r] : 1.0f);
+                float sum = (y[at] + rest[at]) * (p->scale ? p->scale[r] : 1.0f);
                 c->y[(token + t) * p->rows + r] = sum + (c->bias ? c->bias[r] : 0.0f);
             }
     }
