@@ -332,7 +332,7 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="of dense, foldprune, random, magnitude, wanda and sparsegpt (default: all)",
+        help="of original (lm), dense, foldprune, random, magnitude, wanda, sparsegpt (all)",
     )
     parser.add_argument(
         "--rates", nargs="+", type=_rate, metavar="R", help='shares to remove, or "paper"'

@@ -206,12 +206,13 @@ def test_language_table(lm_folder, texts, tmp_path):
         sets=texts,
         rates=[0.3, "paper"],
         seeds=[0],
-        budget=Budget(16, 2, 16, 2, 1e-3, 0, 0.0, 100),
+        budget=Budget(16, 2, 16, 2, 1e-3, 3, 1e-3, 100),
         progress=False,
         threads=1,
     )
-    assert len(table.runs) == table.planned == 2 * (1 + 2 * 5)
+    assert len(table.runs) == table.planned == 2 * (2 + 2 * 5)
     for run in table.runs:
+        assert run.result["steps"] == (0 if run.method == "original" else 3)
         assert math.isfinite(run.result["perplexity"]) and run.result["tokens"] == 99
         assert run.result["bits_per_byte"] > 0
         if run.rate == 0.3:

@@ -2,8 +2,8 @@
 
 An encoder is compressed once by each method and rate, calibrated on unlabelled text of the training
 splits and recovered on more of it, and then fine-tuned on every set and seed. A language model is
-compressed and recovered on the training split of the first set, once for each seed, and its
-perplexity is measured on every set.
+calibrated and compressed on text of the training splits, and then trained on more of it, once for
+each seed; its perplexity is measured on every set.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
+from itertools import cycle
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from .datasets import Dataset, load
 from .finetune import Classifier, Texts, predict, train
 from .metrics import classification, perplexity
 from .packaged import CLASSIFICATION, LANGUAGE
-from .students import PAPER, Rate, Students
+from .students import DENSE, ORIGINAL, PAPER, Rate, Students
 from .table import Metric
 
 __all__ = ["Budget", "Classification", "Language", "Protocol"]
@@ -34,11 +35,11 @@ __all__ = ["Budget", "Classification", "Language", "Protocol"]
 class Budget:
     """What every run may spend. Sequences of at most ``length`` tokens, ``batch`` of them a step.
 
-    ``calibration``: sequences to calibrate on; ``recovery``: steps on unlabelled text;
-    ``steps``: of fine-tuning; ``test``: rows of a test split, or tokens of a text. Steps and
-    learning rates are the same for all methods; ``paper_...`` are those for what the recipe paper,
-    or others in its place, made, if they differ: little is left there to spoil, and much to be
-    learnt.
+    ``calibration``: sequences to calibrate on; ``recovery``: steps towards the dense model's
+    outputs; ``steps``: of training, on labels or next tokens; ``test``: rows of a test split, or
+    tokens of a text. Steps and learning rates are the same for all methods; ``paper_...`` are those
+    for what the recipe paper, or others in its place, made, if they differ: little is left there to
+    spoil, and much to be learnt.
     """
 
     length: int
@@ -54,10 +55,8 @@ class Budget:
     paper_lr: float | None = None
 
     @property
-    def sequences(self) -> int:
-        """Of unlabelled text, that the longest recovery does not see any twice."""
-        steps = max(self.recovery, self.paper_recovery or 0)
-        return self.calibration + steps * self.batch
+    def longest_recovery(self) -> int:
+        return max(self.recovery, self.paper_recovery or 0)
 
 
 class Protocol(ABC):
@@ -68,6 +67,7 @@ class Protocol(ABC):
     metrics: ClassVar[tuple[Metric, ...]]
     sets: ClassVar[tuple[str, ...]]
     quick_sets: ClassVar[tuple[str, ...]]
+    references: ClassVar[tuple[str, ...]] = (DENSE,)  # what the methods are compared with
     labelled: ClassVar[bool]  # whether its sets are
     model: ClassVar[str]
     rates: ClassVar[tuple[Rate, ...]]
@@ -156,7 +156,8 @@ class Classification(Protocol):
     def _students(self, model: str) -> tuple[Students, Any]:
         settings = self.settings
         dense, tokenizer = models.encoder(model)
-        unlabelled = _mixed([self.dataset(name) for name in self.corpus], settings.sequences)
+        count = settings.calibration + settings.longest_recovery * settings.batch
+        unlabelled = _mixed([self.dataset(name) for name in self.corpus], count)
         rng = np.random.default_rng(0)
 
         def batches(texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
@@ -196,6 +197,7 @@ class Language(Protocol):
     )
     sets = tuple(LANGUAGE)
     quick_sets = ("wikitext-2", "shakespeare")
+    references = (ORIGINAL, DENSE)
     labelled = False
     model = models.SMOLLM2
     rates = (0.2, 0.4, 0.7, PAPER)
@@ -203,30 +205,62 @@ class Language(Protocol):
         length=512,
         batch=2,
         calibration=32,
-        recovery=40,
+        recovery=0,  # next tokens teach more in the same time
         recovery_lr=1e-4,
-        steps=0,
-        lr=0.0,
-        test=8192,
+        steps=40,
+        lr=3e-4,
+        test=4096,
     )
-    quick_budget = replace(budget, length=128, calibration=4, recovery=2, test=512)
+    quick_budget = replace(budget, length=128, calibration=4, steps=2, test=512)
 
     def __init__(self, settings: Budget, corpus: Sequence[str], folder: str) -> None:
         super().__init__(settings, corpus, folder)
         self.model_of = cache(models.language_model)
         self.tokens = cache(self._tokens)
         self.students = lru_cache(1)(self._students)  # with its calibration it is large
+        self._last: tuple[tuple[Any, ...], tuple[torch.nn.Module, dict[str, Any]]] | None = None
 
     def run(
         self, model: str, method: str, rate: Rate, name: str, seed: int, progress: Progress
     ) -> dict[str, Any]:
-        module, removed = self.students(model, seed).module(method, rate, progress)
+        module, facts = self._trained(model, seed, method, rate, progress)
         tokens, size = self.tokens(model, name)
-        measured = perplexity(
+        found = perplexity(
             module, tokens, window=self.settings.length, bytes=size, progress=progress
         )
-        facts = {"perplexity": measured.perplexity, "bits_per_byte": measured.bits_per_byte}
-        return {**facts, "tokens": measured.tokens, **removed}
+        metrics = {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
+        return {**metrics, "tokens": found.tokens, **facts}
+
+    def _trained(
+        self, model: str, seed: int, method: str, rate: Rate, progress: Progress
+    ) -> tuple[torch.nn.Module, dict[str, Any]]:
+        """For all sets; the last one is kept."""
+        key = model, seed, method, rate
+        if self._last is None or self._last[0] != key:
+            self._last = None  # before there is another
+            students, batches = self.students(model, seed)
+            module, removed = students.module(method, rate, progress)
+            steps = 0 if method == ORIGINAL else self._train(module, rate, batches, progress)
+            self._last = key, (module, {**removed, "steps": steps})
+        return self._last[1]
+
+    def _train(
+        self, module: torch.nn.Module, rate: Rate, batches: list[torch.Tensor], progress: Progress
+    ) -> int:
+        settings, endless = self.settings, cycle(batches)
+
+        def loss() -> torch.Tensor:
+            ids = next(endless)
+            logits = module(input_ids=ids, use_cache=False).logits[:, :-1]
+            return torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), ids[:, 1:].flatten()
+            )
+
+        trained = [p for p in module.train().parameters() if p.requires_grad]
+        lr = (settings.paper_lr if rate == PAPER else None) or settings.lr
+        done = train(trained, loss, steps=settings.steps, lr=lr, progress=progress)
+        module.eval()
+        return done
 
     def _tokens(self, model: str, name: str) -> tuple[torch.Tensor, int]:
         """The first tokens of the test split, and the bytes that they stand for."""
@@ -234,19 +268,30 @@ class Language(Protocol):
         ids = _encode(tokenizer, self.dataset(name).test.texts, self.settings.test)
         return ids, len(tokenizer.decode(ids).encode())
 
-    def _students(self, model: str, seed: int) -> Students:
+    def _students(self, model: str, seed: int) -> tuple[Students, list[torch.Tensor]]:
+        """And the batches to train on."""
         settings = self.settings
         dense, tokenizer = self.model_of(model)
-        documents = list(self.dataset(self.corpus[0]).train.texts)
-        np.random.default_rng(seed).shuffle(documents)
-        ids = _encode(tokenizer, documents, settings.sequences * settings.length)
-        rows = ids[: len(ids) // settings.length * settings.length].reshape(-1, settings.length)
-        batches = [{"input_ids": batch} for batch in torch.split(rows, settings.batch)]
+        steps = settings.longest_recovery + settings.steps
+        count = settings.calibration + steps * settings.batch
+        rng = np.random.default_rng(seed)
+        parts = []  # sequences of every set
+        for name in self.corpus:
+            documents = list(self.dataset(name).train.texts)
+            rng.shuffle(documents)
+            ids = _encode(tokenizer, documents, -(-count // len(self.corpus)) * settings.length)
+            whole = len(ids) // settings.length * settings.length
+            parts.append(ids[:whole].reshape(-1, settings.length))
+        rows = torch.cat(parts)
+        rows = rows[torch.from_numpy(rng.permutation(len(rows))[:count])]
+        batches = list(torch.split(rows, settings.batch))
         first = -(-settings.calibration // settings.batch)
-        return Students(
+        second = first + settings.longest_recovery
+        named = [{"input_ids": batch} for batch in batches]
+        students = Students(
             dense,
-            batches[:first],
-            batches[first:] or batches,
+            named[:first],
+            named[first:second] or named,
             steps=settings.recovery,
             lr=settings.recovery_lr,
             paper_steps=settings.paper_recovery,
@@ -254,6 +299,7 @@ class Language(Protocol):
             facts={"model": model, "seed": seed, **self.facts()},
             folder=None,  # half a gigabyte each
         )
+        return students, batches[second:] or batches
 
 
 def _encode(tokenizer: Any, documents: Sequence[str], count: int) -> torch.Tensor:

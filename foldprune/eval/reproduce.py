@@ -14,7 +14,7 @@ from ..errors import DataError
 from ..options import Progress, reporter, resolve_threads
 from .protocols import Budget, Classification, Language, Protocol
 from .runlog import RunLog
-from .students import DENSE, METHODS, PAPER, Rate
+from .students import METHODS, PAPER, Rate
 from .table import Run, Table
 
 __all__ = ["TABLES", "reproduce"]
@@ -53,9 +53,9 @@ def reproduce(
     sets
         As ``foldprune.eval.datasets.load`` takes them.
     methods, rates, seeds
-        Which of METHODS (and "dense"); shares of the model to remove, or "paper" for
-        ``Recipe.paper()``; numbers. By default all methods, 0.2, 0.4, of language models also 0.7,
-        and "paper", and 0 and 1.
+        Which of METHODS, "dense" (trained like the others) and, of language models, "original";
+        shares of the model to remove, or "paper" for ``Recipe.paper()``; numbers. By default all
+        methods, 0.2, 0.4, of language models also 0.7, and "paper", and 0 and 1.
     budget
         In place of the table's own.
     progress
@@ -83,7 +83,7 @@ def reproduce(
         _grid(
             tuple(models or (kind.model,)),
             sets,
-            _methods(methods),
+            _methods(methods, kind),
             _rates(rates) or kind.rates,
             tuple(seeds if seeds is not None else ((0,) if quick else (0, 1))),
         )
@@ -144,14 +144,14 @@ def _grid(
     rates: tuple[Rate, ...],
     seeds: tuple[int, ...],
 ) -> Iterator[tuple[str, int, tuple[str, Rate], str]]:
-    """Model, seed, method and rate, set; the dense model has no rate."""
-    ways: list[tuple[str, Rate]] = [(DENSE, 0.0)] if DENSE in methods else []
-    ways += [(m, rate) for rate, m in product(rates, methods) if m != DENSE]
+    """Model, seed, method and rate, set; what is not compressed has no rate."""
+    ways: list[tuple[str, Rate]] = [(m, 0.0) for m in methods if m not in METHODS]
+    ways += [(m, rate) for rate, m in product(rates, methods) if m in METHODS]
     return product(models, seeds, ways, sets)
 
 
-def _methods(methods: Sequence[str] | None) -> tuple[str, ...]:
-    known = (DENSE, *METHODS)
+def _methods(methods: Sequence[str] | None, kind: type[Protocol]) -> tuple[str, ...]:
+    known = (*kind.references, *METHODS)
     if wrong := set(methods or ()) - set(known):
         raise ValueError(f"unknown method(s) {sorted(wrong)}; known are {', '.join(known)}")
     return tuple(methods or known)

@@ -22,9 +22,11 @@ from ..options import Progress
 from ..recipe import Recipe
 from . import baselines
 
-__all__ = ["DENSE", "FOLDPRUNE", "METHODS", "PAPER", "Students"]
+__all__ = ["DENSE", "FOLDPRUNE", "METHODS", "ORIGINAL", "PAPER", "Students"]
 
-DENSE, FOLDPRUNE, PAPER = "dense", "foldprune", "paper"
+# the model as it came, and with the training that all others have
+ORIGINAL, DENSE = "original", "dense"
+FOLDPRUNE, PAPER = "foldprune", "paper"
 METHODS = (FOLDPRUNE, *baselines.METHODS)
 # pivots are chosen by the calibration, cost no more than slices, and exist where heads share keys
 PAPER_RECIPE = replace(Recipe.paper(), dwc="pivot")
@@ -38,8 +40,9 @@ class Students:
 
     ``calibration`` and ``recovery``: unlabelled batches, the same for all methods; ``facts``: what
     the models depend on besides method and rate, plain JSON; ``folder``: where they are kept
-    (None: only the last one is, in memory). They are recovered for ``steps`` at ``lr``, what
-    the recipe paper made (or others, in its place) for ``paper_steps`` at ``paper_lr``, if given.
+    (None: only the last one is, in memory). They are recovered for ``steps`` (0: not at all) at
+    ``lr``, what the recipe paper made (or others, in its place) for ``paper_steps`` at
+    ``paper_lr``, if given.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Students:
         removed: of the model and of qkv."""
         module = copy.deepcopy(self.dense).requires_grad_(True)
         removed = {"removed": 0.0, "qkv_removed": 0.0}
-        if method != DENSE:
+        if method in METHODS:
             compressed = self.compressed(method, rate, progress)
             module = runtime.convert(module, compressed)
             totals = compressed.report.totals
@@ -107,10 +110,12 @@ class Students:
         return baselines.packed(pruned, masks, method)
 
     def _recovered(self, compressed: Compressed, rate: Rate, progress: Progress) -> Compressed:
+        steps, lr = self.paper_course if rate == PAPER else self.course
+        if not steps:
+            return compressed
         student = runtime.convert(copy.deepcopy(self.dense).requires_grad_(True), compressed)
         for parameter in _embeddings(student):
             parameter.requires_grad_(False)
-        steps, lr = self.paper_course if rate == PAPER else self.course
         done = runtime.recover(
             student,
             self.dense,

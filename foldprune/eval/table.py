@@ -18,6 +18,8 @@ from .metrics import Interval, interval
 
 __all__ = ["Metric", "Run", "Table"]
 
+DASHES = {"original": ":"}  # of lines for what is not compressed
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -174,7 +176,7 @@ class Table:
 
     def plot(self, model: str, path: str) -> None:
         """The first metric against the share removed, a panel for each set and for the mean, a
-        line for each method; the dense model is a dashed line."""
+        line for each method; what is not compressed is a dashed line."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -196,8 +198,10 @@ class Table:
                 points.sort(key=lambda point: point[0])
                 x = [100 * removed for removed, _ in points]
                 y = [cell.mean for _, cell in points]
-                if method == "dense":
-                    axis.axhline(y[0], linestyle="--", color="0.4", label=method)
+                if x == [0.0]:
+                    axis.axhline(
+                        y[0], linestyle=DASHES.get(method, "--"), color="0.4", label=method
+                    )
                 else:
                     spread = [cell.spread for _, cell in points]
                     axis.errorbar(x, y, spread, marker="o", capsize=2, label=method)
