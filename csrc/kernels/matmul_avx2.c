@@ -67,14 +67,20 @@ static inline vector expand(__m256i halves, size_t bits)
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(halves, _mm256_loadu_si256(entry)));
 }
 
+static inline size_t mask_bits(const uint8_t *mask, int part)
+{
+    return mask[part];
+}
+
 /* Of the first four lanes: where the values of the others begin. */
 static inline size_t low_count(size_t bits)
 {
     return (size_t)_mm_popcnt_u64(_bzhi_u64(bits, 4));
 }
 
-static inline vector vector_of_f32(const float *values, size_t bits)
+static inline vector expand_f32(const float *values, const uint8_t *mask, int part)
 {
+    size_t bits = mask_bits(mask, part);
     __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)values));
     const __m128i *high = (const __m128i *)(values + low_count(bits));
     return expand(_mm256_inserti128_si256(low, _mm_loadu_si128(high), 1), bits);
@@ -87,20 +93,23 @@ static inline __m128i load_halves(const uint16_t *values, size_t bits)
     return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), (const __m64 *)high));
 }
 
-static inline vector vector_of_f16(const uint16_t *values, size_t bits)
+static inline vector expand_f16(const uint16_t *values, const uint8_t *mask, int part)
 {
+    size_t bits = mask_bits(mask, part);
     vector wide = _mm256_cvtph_ps(load_halves(values, bits));
     return expand(_mm256_castps_si256(wide), bits);
 }
 
-static inline vector vector_of_bf16(const uint16_t *values, size_t bits)
+static inline vector expand_bf16(const uint16_t *values, const uint8_t *mask, int part)
 {
+    size_t bits = mask_bits(mask, part);
     __m256i wide = _mm256_cvtepu16_epi32(load_halves(values, bits));
     return expand(_mm256_slli_epi32(wide, 16), bits);
 }
 
-static inline vector vector_of_i8(const int8_t *values, size_t bits)
+static inline vector expand_i8(const int8_t *values, const uint8_t *mask, int part)
 {
+    size_t bits = mask_bits(mask, part);
     int32_t low, high;
     memcpy(&low, values, sizeof low);
     memcpy(&high, values + low_count(bits), sizeof high);
@@ -109,23 +118,6 @@ static inline vector vector_of_i8(const int8_t *values, size_t bits)
     return expand(_mm256_castps_si256(wide), bits);
 }
 
-#define DEFINE_EXPAND(type, suffix)                                                                \
-    static inline size_t expand_##suffix(const type *values, const uint8_t *mask, int pair,        \
-                                         vector w[2])                                              \
-    {                                                                                              \
-        size_t bits = mask[2 * pair], more = mask[2 * pair + 1];                                   \
-        size_t kept = (size_t)_mm_popcnt_u64(bits);                                                \
-        w[0] = vector_of_##suffix(values, bits);                                                   \
-        w[1] = vector_of_##suffix(values + kept, more);                                            \
-        return kept + (size_t)_mm_popcnt_u64(more);                                                \
-    }
-
-DEFINE_EXPAND(float, f32)
-DEFINE_EXPAND(uint16_t, f16)
-DEFINE_EXPAND(uint16_t, bf16)
-DEFINE_EXPAND(int8_t, i8)
-
-enum { FEW_CHAINS = 2 };
 #include "matmul_loop.h"
 #include "matmul_vector.h"
 

@@ -9,13 +9,12 @@
 
 FP_TARGET_BEGIN(FP_AVX512_FEATURES)
 
-enum { FEW_CHAINS = 2, SPREADS_BOTH = 0 };
-
 /* Between registers: from memory the instruction is slow on Zen 4. */
-static inline __m512 spread(__m512 v, uint32_t bits, int part)
+static inline __m512 spread(__m512 v, const uint8_t *mask, int part)
 {
-    (void)part;
-    return _mm512_maskz_expand_ps((__mmask16)bits, v);
+    uint16_t bits;
+    memcpy(&bits, mask + 2 * part, sizeof bits);
+    return _mm512_maskz_expand_ps(bits, v);
 }
 
 #include "matmul_avx512.h"

@@ -1,9 +1,8 @@
 /* Products with tiles, sixteen floats at a time: all but how values meet their places. A variant's
  * file includes <immintrin.h>, <string.h>, matmul.h and target.h, sets the target, defines
- * FEW_CHAINS (see matmul_vector.h), SPREADS_BOTH, whether it can take the part 1, and
  *
- *     spread(v, bits, part): the numbers of v in the places of the bits set in the part-th sixteen
- *         of bits, 0 elsewhere; v begins with those of part 0 (part is a constant);
+ *     spread(v, mask, part): the first numbers of v in the places of the bits set in the part-th
+ *         sixteen of mask, 0 elsewhere (part is a constant);
  *
  * and includes this file. */
 enum { LANES = 16 };
@@ -56,50 +55,35 @@ static inline void reduce4(vector a, vector b, vector c, vector d, float *y)
     _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
 
-static inline vector floats_f32(const float *values)
+static inline size_t mask_bits(const uint8_t *mask, int part)
 {
-    return _mm512_loadu_ps(values);
+    uint16_t bits;
+    memcpy(&bits, mask + 2 * part, sizeof bits);
+    return bits;
 }
 
-static inline vector floats_f16(const uint16_t *values)
+static inline vector expand_f32(const float *values, const uint8_t *mask, int part)
 {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)values));
+    return spread(_mm512_loadu_ps(values), mask, part);
 }
 
-static inline vector floats_bf16(const uint16_t *values)
+static inline vector expand_f16(const uint16_t *values, const uint8_t *mask, int part)
+{
+    return spread(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)values)), mask, part);
+}
+
+static inline vector expand_bf16(const uint16_t *values, const uint8_t *mask, int part)
 {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    return spread(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), mask, part);
 }
 
-static inline vector floats_i8(const int8_t *values)
+static inline vector expand_i8(const int8_t *values, const uint8_t *mask, int part)
 {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)values)));
+    vector wide =
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)values)));
+    return spread(wide, mask, part);
 }
-
-/* A load that crosses lines, as nearly all do, costs twice: where one has the values of both
- * sixteen columns, it serves both. */
-#define DEFINE_EXPAND(type, suffix)                                                                \
-    static inline size_t expand_##suffix(const type *values, const uint8_t *mask, int pair,        \
-                                         vector w[2])                                              \
-    {                                                                                              \
-        uint32_t bits;                                                                             \
-        memcpy(&bits, mask + sizeof bits * (size_t)pair, sizeof bits);                             \
-        size_t kept = (size_t)__builtin_popcount(bits);                                            \
-        vector v = floats_##suffix(values);                                                        \
-        w[0] = spread(v, bits, 0);                                                                 \
-        if (SPREADS_BOTH && __builtin_expect(kept <= LANES, 1))                                    \
-            w[1] = spread(v, bits, 1);                                                             \
-        else                                                                                       \
-            w[1] = spread(floats_##suffix(values + __builtin_popcount(bits & 0xffff)),             \
-                          bits >> LANES, 0);                                                       \
-        return kept;                                                                               \
-    }
-
-DEFINE_EXPAND(float, f32)
-DEFINE_EXPAND(uint16_t, f16)
-DEFINE_EXPAND(uint16_t, bf16)
-DEFINE_EXPAND(int8_t, i8)
 
 #include "matmul_loop.h"
 #include "matmul_vector.h"

@@ -1,16 +1,15 @@
 /* The vector kernels of the matmul family, for instruction sets that expand values by a mask fast.
- * Beside what matmul_loop.h needs, a variant's file defines the number of chains that a single
- * token's sum goes through, FEW_CHAINS (of 2 the latency is not the limit, of 1 no addition is
- * needed), and for every type of values
+ * Beside what matmul_loop.h needs, a variant's file defines for every type of values
  *
- *     expand_<suffix>(values, mask, pair, w): w[0] and w[1] = the pair-th two times LANES columns,
- *         the next values where a bit is set, 0 elsewhere; may read LANES values from the first
- *         that it does not take; returns how many it takes;
+ *     mask_bits(mask, part): the bits of the part-th LANES columns;
+ *     expand_<suffix>(values, mask, part): LANES floats, the next values where one of these bits is
+ *         set, 0 elsewhere; may read LANES values;
  *
  * and includes this file after matmul_loop.h, and ends with FP_DEFINE_MATMUL(isa). */
 
 /* Every row's sums have lanes of their own until the end: rows of a tile share the vectors of x,
- * which stay in registers where there is one token. */
+ * which stay in registers where there is one token. Few sums go through two chains each, as the
+ * latency of one would be the limit. */
 #define DEFINE_BODY(type, suffix)                                                                  \
     INLINE void vector_body_##suffix(const uint64_t *mask, size_t tiles, size_t rows,              \
                                      const type *values, const float *x, size_t stride, float *y,  \
@@ -28,19 +27,15 @@
                 vector sum[FP_VECTOR_TOKENS][2];                                                   \
                 const uint8_t *bytes = (const uint8_t *)(mask + i);                                \
                 FP_UNROLL                                                                          \
-                for (int pair = 0; pair < FP_TILE / LANES / 2; pair++) {                           \
-                    vector w[2];                                                                   \
-                    values += expand_##suffix(values, bytes, pair, w);                             \
+                for (int v = 0; v < FP_TILE / LANES; v++) {                                        \
+                    size_t bits = mask_bits(bytes, v);                                             \
+                    vector w = expand_##suffix(values, bytes, v);                                  \
+                    values += __builtin_popcountll(bits);                                          \
                     FP_UNROLL                                                                      \
-                    for (int side = 0; side < 2; side++) {                                         \
-                        const int v = 2 * pair + side;                                             \
-                        FP_UNROLL                                                                  \
-                        for (size_t t = 0; t < tokens; t++) {                                      \
-                            vector from = t ? load(x + stride * t + LANES * v) : first[v];         \
-                            vector before = v < chains ? zero() : sum[t][v % chains];              \
-                            sum[t][v % chains] =                                                   \
-                                muladd(w[side], from, v ? before : sums[i * tokens + t]);          \
-                        }                                                                          \
+                    for (size_t t = 0; t < tokens; t++) {                                          \
+                        vector from = t ? load(x + stride * t + LANES * v) : first[v];             \
+                        vector before = v < chains ? zero() : sum[t][v % chains];                  \
+                        sum[t][v % chains] = muladd(w, from, v ? before : sums[i * tokens + t]);   \
                     }                                                                              \
                 }                                                                                  \
                 FP_UNROLL                                                                          \
@@ -60,10 +55,10 @@
     {                                                                                              \
         switch (tokens) {                                                                          \
         case 1:                                                                                    \
-            vector_body_##suffix(mask, tiles, rows, values, x, stride, y, 1, FEW_CHAINS);          \
+            vector_body_##suffix(mask, tiles, rows, values, x, stride, y, 1, 2);                   \
             break;                                                                                 \
         case 2:                                                                                    \
-            vector_body_##suffix(mask, tiles, rows, values, x, stride, y, 2, FEW_CHAINS);          \
+            vector_body_##suffix(mask, tiles, rows, values, x, stride, y, 2, 2);                   \
             break;                                                                                 \
         case 3:                                                                                    \
             vector_body_##suffix(mask, tiles, rows, values, x, stride, y, 3, 1);                   \
