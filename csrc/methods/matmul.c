@@ -335,6 +335,7 @@ fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const
             return FP_ERR_OVERFLOW;
         dense_call c = {.kernels = kernels, .p = p, .bias = bias, .x = x, .y = y, .tokens = tokens};
         dense_plan(&c, threads, work);
+        fp_blas_set_threads(1); /* in every task; threadpoolctl may have raised it since import */
         fp_parallel_for((fp_tiles_in(p->rows) + DENSE_DOWN - 1) / DENSE_DOWN, threads, dense_task,
                         &c);
     } else {
