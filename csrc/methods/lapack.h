@@ -20,6 +20,7 @@
 #define fp_dgesdd scipy_dgesdd_
 #define fp_dgelsd scipy_dgelsd_
 #define fp_blas_set_threads scipy_openblas_set_num_threads
+#define fp_blas_threads scipy_openblas_get_num_threads
 
 void fp_sgemm(const char *transa, const char *transb, const int32_t *m, const int32_t *n,
               const int32_t *k, const float *alpha, const float *a, const int32_t *lda,
@@ -63,5 +64,6 @@ void fp_dgelsd(const int32_t *m, const int32_t *n, const int32_t *nrhs, double *
 
 /* Global to the library: the core runs one matrix per thread, so BLAS itself stays on one. */
 void fp_blas_set_threads(int threads);
+int fp_blas_threads(void);
 
 #endif

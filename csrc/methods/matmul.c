@@ -11,7 +11,7 @@
 
 enum {
     CHUNK = 384,    /* tokens, whose transposed activations stay in the last cache */
-    LEAST_OWN = 80, /* tokens of a tile that one thread has for itself */
+    LEAST_OWN = 80, /* tokens of a tile for which a thread works alone, on average */
     GROUP = 8 /* tiles of results that stay in the second cache while a tile of x is in the first */
 };
 
@@ -325,17 +325,16 @@ fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const
     if (method == FP_MATMUL_AUTO)
         method = fp_matmul_choice(p, tokens);
     if (p->dtype == FP_F64) {
-        call_f64 c = {.kernels = kernels, .p = p, .x = x, .bias = bias, .y = y};
-        run_f64(c, FORWARD_f64, tokens, threads, work);
+        call_f64 c = {.kernels = kernels, .p = p, .bias = bias, .y = y};
+        run_f64(c, FORWARD_f64, x, NULL, tokens, threads, work);
     } else if (method == FP_MATMUL_SPARSE) {
-        call_f32 c = {.kernels = kernels, .p = p, .x = x, .bias = bias, .y = y};
-        run_f32(c, FORWARD_f32, tokens, threads, work);
+        call_f32 c = {.kernels = kernels, .p = p, .bias = bias, .y = y};
+        run_f32(c, FORWARD_f32, x, NULL, tokens, threads, work);
     } else if (method == FP_MATMUL_DENSE) {
         if (p->rows > INT32_MAX || p->cols > INT32_MAX || tokens > INT32_MAX)
             return FP_ERR_OVERFLOW;
         dense_call c = {.kernels = kernels, .p = p, .bias = bias, .x = x, .y = y, .tokens = tokens};
         dense_plan(&c, threads, work);
-        fp_blas_set_threads(1); /* in every task; threadpoolctl may have raised it since import */
         fp_parallel_for((fp_tiles_in(p->rows) + DENSE_DOWN - 1) / DENSE_DOWN, threads, dense_task,
                         &c);
     } else {
@@ -360,11 +359,11 @@ fp_status fp_matmul_backward(const fp_kernels *kernels, const fp_packed *p, cons
     if (status)
         return status;
     if (p->dtype == FP_F64) {
-        call_f64 c = {.kernels = kernels, .p = p, .dy = dy, .y = dx};
-        run_f64(c, BACKWARD_f64, tokens, threads, work);
+        call_f64 c = {.kernels = kernels, .p = p, .y = dx};
+        run_f64(c, BACKWARD_f64, NULL, dy, tokens, threads, work);
     } else {
-        call_f32 c = {.kernels = kernels, .p = p, .dy = dy, .y = dx};
-        run_f32(c, BACKWARD_f32, tokens, threads, work);
+        call_f32 c = {.kernels = kernels, .p = p, .y = dx};
+        run_f32(c, BACKWARD_f32, NULL, dy, tokens, threads, work);
     }
     return FP_OK;
 }
@@ -386,11 +385,11 @@ fp_status fp_matmul_gradient(const fp_kernels *kernels, const fp_packed *p, cons
         return FP_OK;
     memset(dvalues, 0, kept * (p->dtype == FP_F64 ? sizeof(double) : sizeof(float)));
     if (p->dtype == FP_F64) {
-        call_f64 c = {.kernels = kernels, .p = p, .dy = dy, .x = x, .y = dvalues};
-        run_f64(c, GRADIENT_f64, tokens, threads, work);
+        call_f64 c = {.kernels = kernels, .p = p, .y = dvalues};
+        run_f64(c, GRADIENT_f64, x, dy, tokens, threads, work);
     } else {
-        call_f32 c = {.kernels = kernels, .p = p, .dy = dy, .x = x, .y = dvalues};
-        run_f32(c, GRADIENT_f32, tokens, threads, work);
+        call_f32 c = {.kernels = kernels, .p = p, .y = dvalues};
+        run_f32(c, GRADIENT_f32, x, dy, tokens, threads, work);
     }
     return FP_OK;
 }

@@ -12,34 +12,52 @@ typedef struct NAME(buffer) {
     REAL values[FP_TILE * FP_TILE];
 } NAME(buffer);
 
-typedef struct NAME(call) {
+/* Activations as they come, and transposed. */
+typedef struct NAME(side) {
+    const REAL *rows;   /* of tokens */
+    const float *scale; /* of features, or NULL */
+    size_t features;
+    REAL *t;
+} NAME(side);
+
+typedef struct NAME(call) NAME(call);
+
+/* Makes tiles [first, end) of the result's features for a tile of tokens, from its panel of
+ * transposed activations. */
+typedef void NAME(maker)(const NAME(call) * c, const token_tile *tokens, const REAL *panel,
+                         size_t first, size_t end, NAME(buffer) * b);
+
+struct NAME(call) {
     const fp_kernels *kernels;
     const fp_packed *p;
-    const REAL *x, *dy, *bias;
-    REAL *y;       /* what is computed: y, dx or dvalues */
-    size_t tokens; /* of the chunk */
+    const REAL *bias;
+    NAME(side) x, dy;
+    const NAME(side) * from; /* what is transposed or has been: x or dy */
+    NAME(maker) * make;
+    size_t results; /* tiles of the result's features */
+    REAL *y;        /* what is computed: y, dx or dvalues */
+    size_t tokens;  /* of the chunk */
     size_t token_tiles;
-    size_t group; /* rows (columns) of tiles that a task makes */
-    REAL *xt, *dyt;
+    size_t group;           /* tiles of results that a task makes */
     NAME(buffer) * buffers; /* one for every worker */
-} NAME(call);
+};
 
 /* Where a tile of tokens begins in transposed activations; its tiles of features follow. */
-static REAL *NAME(panel)(REAL *t, size_t features, const token_tile *tokens)
+static REAL *NAME(panel)(const NAME(side) * side, const token_tile *tokens)
 {
-    return t + tokens->first * fp_tiles_in(features) * FP_TILE;
+    return side->t + tokens->first * fp_tiles_in(side->features) * FP_TILE;
 }
 
 /* Rows are features, of which those past the last are zero, as are tokens up to the width. */
-static void NAME(transpose_tile)(const NAME(call) * c, const REAL *x, const float *scale,
-                                 size_t features, size_t feature, const token_tile *tokens,
+static void NAME(transpose_tile)(const NAME(call) * c, size_t feature, const token_tile *tokens,
                                  REAL *panel)
 {
-    (void)c; /* float64 has but one kernel */
+    const float *scale = c->from->scale;
+    size_t features = c->from->features;
     size_t cols = fp_tile_size(features, feature), size = FP_TILE * tokens->width;
     size_t next = feature + 1 < fp_tiles_in(features) ? fp_tile_size(features, feature + 1) : 0;
     REAL *t = panel + feature * size;
-    x += tokens->first * features + feature * FP_TILE;
+    const REAL *x = c->from->rows + tokens->first * features + feature * FP_TILE;
     for (size_t i = 0; i < tokens->count; i += FP_WIDTH_STEP) {
         size_t rows = tokens->count - i < FP_WIDTH_STEP ? tokens->count - i : FP_WIDTH_STEP;
         for (size_t row = i; row < i + rows; row++)
@@ -66,7 +84,7 @@ static void NAME(store)(const NAME(call) * c, const REAL *sums, size_t features,
                     c->y + tokens->first * features + begin, features);
 }
 
-/* Rows of tiles [first, end) of the result for a tile of tokens, from xt, its activations. */
+/* Rows of tiles [first, end). */
 static void NAME(forward_tiles)(const NAME(call) * c, const token_tile *tokens, const REAL *xt,
                                 size_t first, size_t end, NAME(buffer) * b)
 {
@@ -93,7 +111,7 @@ static void NAME(forward_tiles)(const NAME(call) * c, const token_tile *tokens, 
     NAME(store)(c, b->sums, p->rows, first, end, tokens);
 }
 
-/* Columns of tiles [first, end), from dyt. */
+/* Columns of tiles [first, end). */
 static void NAME(backward_tiles)(const NAME(call) * c, const token_tile *tokens, const REAL *dyt,
                                  size_t first, size_t end, NAME(buffer) * b)
 {
@@ -118,78 +136,43 @@ static void NAME(backward_tiles)(const NAME(call) * c, const token_tile *tokens,
     NAME(store)(c, b->sums, p->cols, first, end, tokens);
 }
 
-/* ---- tasks for a tile of tokens, whose activations a worker transposes for itself ---- */
-
-static REAL *NAME(own_panel)(REAL *t, size_t features, int worker)
+static void NAME(make_tiles)(const NAME(call) * c, const token_tile *tokens, const REAL *panel,
+                             size_t first, int worker)
 {
-    return t + (size_t)worker * FP_WIDTH_MAX * fp_tiles_in(features) * FP_TILE;
+    size_t end = c->results - first < c->group ? c->results : first + c->group;
+    c->make(c, tokens, panel, first, end, c->buffers + worker);
 }
 
-static void NAME(forward_own)(void *context, size_t item, int worker)
+/* A tile of tokens, whose activations a worker transposes for itself. */
+static void NAME(own_task)(void *context, size_t item, int worker)
 {
     NAME(call) *c = context;
-    size_t down = fp_tiles_in(c->p->rows);
+    size_t tiles = fp_tiles_in(c->from->features);
     token_tile tokens = token_tile_of(c->tokens, c->token_tiles, item);
-    REAL *xt = NAME(own_panel)(c->xt, c->p->cols, worker);
-    for (size_t col = 0; col < fp_tiles_in(c->p->cols); col++)
-        NAME(transpose_tile)(c, c->x, NULL, c->p->cols, col, &tokens, xt);
-    for (size_t first = 0; first < down; first += GROUP)
-        NAME(forward_tiles)(c, &tokens, xt, first, down - first < GROUP ? down : first + GROUP,
-                            c->buffers + worker);
-}
-
-static void NAME(backward_own)(void *context, size_t item, int worker)
-{
-    NAME(call) *c = context;
-    size_t across = fp_tiles_in(c->p->cols);
-    token_tile tokens = token_tile_of(c->tokens, c->token_tiles, item);
-    REAL *dyt = NAME(own_panel)(c->dyt, c->p->rows, worker);
-    for (size_t row = 0; row < fp_tiles_in(c->p->rows); row++)
-        NAME(transpose_tile)(c, c->dy, c->p->scale, c->p->rows, row, &tokens, dyt);
-    for (size_t first = 0; first < across; first += GROUP)
-        NAME(backward_tiles)(c, &tokens, dyt, first,
-                             across - first < GROUP ? across : first + GROUP, c->buffers + worker);
+    REAL *panel = c->from->t + (size_t)worker * FP_WIDTH_MAX * tiles * FP_TILE;
+    for (size_t feature = 0; feature < tiles; feature++)
+        NAME(transpose_tile)(c, feature, &tokens, panel);
+    for (size_t first = 0; first < c->results; first += c->group)
+        NAME(make_tiles)(c, &tokens, panel, first, worker);
 }
 
 /* ---- tasks for a chunk ---- */
 
-static void NAME(transpose_x)(void *context, size_t item, int worker)
+static void NAME(transpose_task)(void *context, size_t item, int worker)
 {
     NAME(call) *c = context;
     (void)worker;
-    size_t tiles = fp_tiles_in(c->p->cols);
+    size_t tiles = fp_tiles_in(c->from->features);
     token_tile tokens = token_tile_of(c->tokens, c->token_tiles, item / tiles);
-    NAME(transpose_tile)(c, c->x, NULL, c->p->cols, item % tiles, &tokens,
-                         NAME(panel)(c->xt, c->p->cols, &tokens));
+    NAME(transpose_tile)(c, item % tiles, &tokens, NAME(panel)(c->from, &tokens));
 }
 
-static void NAME(transpose_dy)(void *context, size_t item, int worker)
-{
-    NAME(call) *c = context;
-    (void)worker;
-    size_t tiles = fp_tiles_in(c->p->rows);
-    token_tile tokens = token_tile_of(c->tokens, c->token_tiles, item / tiles);
-    NAME(transpose_tile)(c, c->dy, c->p->scale, c->p->rows, item % tiles, &tokens,
-                         NAME(panel)(c->dyt, c->p->rows, &tokens));
-}
-
-static void NAME(forward_task)(void *context, size_t item, int worker)
+static void NAME(make_task)(void *context, size_t item, int worker)
 {
     NAME(call) *c = context;
     token_tile tokens = token_tile_of(c->tokens, c->token_tiles, item % c->token_tiles);
-    size_t first = item / c->token_tiles * c->group, down = fp_tiles_in(c->p->rows);
-    NAME(forward_tiles)(c, &tokens, NAME(panel)(c->xt, c->p->cols, &tokens), first,
-                        down - first < c->group ? down : first + c->group, c->buffers + worker);
-}
-
-static void NAME(backward_task)(void *context, size_t item, int worker)
-{
-    NAME(call) *c = context;
-    token_tile tokens = token_tile_of(c->tokens, c->token_tiles, item % c->token_tiles);
-    size_t first = item / c->token_tiles * c->group, across = fp_tiles_in(c->p->cols);
-    NAME(backward_tiles)(c, &tokens, NAME(panel)(c->dyt, c->p->rows, &tokens), first,
-                         across - first < c->group ? across : first + c->group,
-                         c->buffers + worker);
+    NAME(make_tiles)(c, &tokens, NAME(panel)(c->from, &tokens), item / c->token_tiles * c->group,
+                     worker);
 }
 
 /* Rows of tiles, each with all tokens of the chunk in order. */
@@ -203,8 +186,8 @@ static void NAME(gradient_task)(void *context, size_t item, int worker)
     for (size_t i = 0; i < c->token_tiles; i++) {
         token_tile tokens = token_tile_of(c->tokens, c->token_tiles, i);
         size_t size = FP_TILE * tokens.width;
-        const REAL *xt = NAME(panel)(c->xt, p->cols, &tokens);
-        const REAL *dyt = NAME(panel)(c->dyt, p->rows, &tokens);
+        const REAL *xt = NAME(panel)(&c->x, &tokens);
+        const REAL *dyt = NAME(panel)(&c->dy, &tokens);
         for (size_t col = 0; col < fp_tiles_in(p->cols); col++) {
             const REAL *x = xt + col * size;
             for (size_t row = first; row < end; row++) {
@@ -223,12 +206,12 @@ static void NAME(gradient_task)(void *context, size_t item, int worker)
 static size_t NAME(plan)(NAME(call) * c, size_t tokens, int threads, char *base)
 {
     size_t used = 0, workers = (size_t)fp_clamp_threads(threads);
-    size_t most = tokens < CHUNK ? tokens : CHUNK, tiles = own_tiles(tokens, threads);
-    most = (most + FP_WIDTH_STEP - 1) / FP_WIDTH_STEP * FP_WIDTH_STEP;
-    size_t own = tiles < workers ? tiles * FP_WIDTH_MAX : workers * FP_WIDTH_MAX;
-    size_t width = (own > most ? own : most) * FP_TILE;
-    c->xt = fp_take(base, &used, fp_tiles_in(c->p->cols) * width, sizeof(REAL));
-    c->dyt = fp_take(base, &used, fp_tiles_in(c->p->rows) * width, sizeof(REAL));
+    size_t most = tokens < CHUNK ? tokens : CHUNK;
+    size_t shared = (most + FP_WIDTH_STEP - 1) / FP_WIDTH_STEP * FP_WIDTH_STEP;
+    size_t own = own_tiles(tokens, threads) ? workers * FP_WIDTH_MAX : 0;
+    size_t width = (own > shared ? own : shared) * FP_TILE;
+    c->x.t = fp_take(base, &used, fp_tiles_in(c->p->cols) * width, sizeof(REAL));
+    c->dy.t = fp_take(base, &used, fp_tiles_in(c->p->rows) * width, sizeof(REAL));
     c->buffers = fp_take(base, &used, workers, sizeof(NAME(buffer)));
     return used;
 }
@@ -244,39 +227,47 @@ static size_t NAME(group)(size_t tiles, size_t token_tiles, int threads)
 
 typedef enum NAME(kind) { NAME(FORWARD), NAME(BACKWARD), NAME(GRADIENT) } NAME(kind);
 
-static const fp_task NAME(tasks)[] = {NAME(forward_task), NAME(backward_task), NAME(gradient_task)};
-
-static void NAME(run)(NAME(call) call, NAME(kind) kind, size_t tokens, int threads, void *work)
+static void NAME(transpose_chunk)(NAME(call) * c, const NAME(side) * side, int threads)
 {
-    const fp_packed *p = call.p;
-    size_t down = fp_tiles_in(p->rows), across = fp_tiles_in(p->cols);
-    NAME(plan)(&call, tokens, threads, work);
+    c->from = side;
+    fp_parallel_for(c->token_tiles * fp_tiles_in(side->features), threads, NAME(transpose_task), c);
+}
+
+static void NAME(run)(NAME(call) c, NAME(kind) kind, const REAL *x, const REAL *dy, size_t tokens,
+                      int threads, void *work)
+{
+    size_t rows = c.p->rows, cols = c.p->cols, features = kind == NAME(BACKWARD) ? cols : rows;
+    c.x = (NAME(side)){.rows = x, .features = cols};
+    c.dy = (NAME(side)){.rows = dy, .scale = c.p->scale, .features = rows};
+    c.from = kind == NAME(FORWARD) ? &c.x : &c.dy;
+    c.make = kind == NAME(FORWARD) ? NAME(forward_tiles) : NAME(backward_tiles);
+    c.results = fp_tiles_in(features);
+    NAME(plan)(&c, tokens, threads, work);
     size_t own = kind == NAME(GRADIENT) ? 0 : own_tiles(tokens, threads);
     if (own) {
-        call.tokens = tokens;
-        call.token_tiles = own;
-        fp_parallel_for(own, threads,
-                        kind == NAME(FORWARD) ? NAME(forward_own) : NAME(backward_own), &call);
+        c.tokens = tokens;
+        c.token_tiles = own;
+        c.group = GROUP;
+        fp_parallel_for(own, threads, NAME(own_task), &c);
         return;
     }
-    for (size_t begin = 0; begin < tokens; begin += CHUNK) {
-        NAME(call) c = call;
+    for (size_t begin = 0; begin < tokens; begin += c.tokens) {
         c.tokens = tokens - begin < CHUNK ? tokens - begin : CHUNK;
         c.token_tiles = (c.tokens + FP_WIDTH_MAX - 1) / FP_WIDTH_MAX;
-        if (kind != NAME(BACKWARD)) {
-            c.x += begin * p->cols;
-            fp_parallel_for(c.token_tiles * across, threads, NAME(transpose_x), &c);
-        }
-        if (kind != NAME(FORWARD)) {
-            c.dy += begin * p->rows;
-            fp_parallel_for(c.token_tiles * down, threads, NAME(transpose_dy), &c);
-        }
-        size_t tiles = kind == NAME(BACKWARD) ? across : down;
+        if (kind != NAME(BACKWARD))
+            NAME(transpose_chunk)(&c, &c.x, threads);
+        if (kind != NAME(FORWARD))
+            NAME(transpose_chunk)(&c, &c.dy, threads);
         /* a task of `gradient` has all tokens, others one tile of them */
         size_t times = kind == NAME(GRADIENT) ? 1 : c.token_tiles;
+        c.group = NAME(group)(c.results, times, threads);
+        fp_parallel_for((c.results + c.group - 1) / c.group * times, threads,
+                        kind == NAME(GRADIENT) ? NAME(gradient_task) : NAME(make_task), &c);
+        if (kind != NAME(BACKWARD))
+            c.x.rows += c.tokens * cols;
+        if (kind != NAME(FORWARD))
+            c.dy.rows += c.tokens * rows;
         if (kind != NAME(GRADIENT))
-            c.y += begin * (kind == NAME(FORWARD) ? p->rows : p->cols);
-        c.group = NAME(group)(tiles, times, threads);
-        fp_parallel_for((tiles + c.group - 1) / c.group * times, threads, NAME(tasks)[kind], &c);
+            c.y += c.tokens * features;
     }
 }

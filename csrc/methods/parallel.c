@@ -6,6 +6,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#include "lapack.h"
+
 /* A job's state in one word, so that joining and closing cannot cross: its number, whether it is
  * open, and how many workers are in it. A worker that comes late finds the job closed and is not
  * waited for. */
@@ -237,6 +239,9 @@ int fp_clamp_threads(int threads)
  * meanwhile, from another thread or from inside a task, does its work itself. */
 void fp_parallel_for(size_t items, int threads, fp_task task, void *context)
 {
+    if (fp_blas_threads() !=
+        1) /* as at import, but threadpoolctl may raise it, and tasks call it */
+        fp_blas_set_threads(1);
     threads = fp_clamp_threads(threads);
     if ((size_t)threads > items)
         threads = items ? (int)items : 1;
