@@ -58,6 +58,9 @@ class Budget:
     def longest_recovery(self) -> int:
         return max(self.recovery, self.paper_recovery or 0)
 
+    def training_lr(self, rate: Rate) -> float:
+        return (self.paper_lr if rate == PAPER else None) or self.lr
+
 
 class Protocol(ABC):
     """How a table's runs are made. ``corpus``: the sets whose training text is for calibration and
@@ -139,7 +142,7 @@ class Classification(Protocol):
             labels = torch.tensor([rows.labels[i] for i in group])
             return torch.nn.functional.cross_entropy(classifier(texts.batch(group)), labels)
 
-        lr = (settings.paper_lr if rate == PAPER else None) or settings.lr
+        lr = settings.training_lr(rate)
         steps = train(classifier.groups(), loss, steps=settings.steps, lr=lr, progress=progress)
         test = data.test.sample(settings.test, 0)
         found = predict(classifier, self.tokens(model, name), settings.batch)
@@ -257,7 +260,7 @@ class Language(Protocol):
             )
 
         trained = [p for p in module.train().parameters() if p.requires_grad]
-        lr = (settings.paper_lr if rate == PAPER else None) or settings.lr
+        lr = settings.training_lr(rate)
         done = train(trained, loss, steps=settings.steps, lr=lr, progress=progress)
         module.eval()
         return done

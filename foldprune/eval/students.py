@@ -77,8 +77,7 @@ class Students:
             module = runtime.convert(module, compressed)
             totals = compressed.report.totals
             removed = {"removed": totals["model"].removed, "qkv_removed": totals["qkv"].removed}
-        for parameter in _embeddings(module):
-            parameter.requires_grad_(False)
+        _freeze_embeddings(module)
         return module, removed
 
     def compressed(self, method: str, rate: Rate, progress: Progress) -> Compressed:
@@ -114,8 +113,7 @@ class Students:
         if not steps:
             return compressed
         student = runtime.convert(copy.deepcopy(self.dense).requires_grad_(True), compressed)
-        for parameter in _embeddings(student):
-            parameter.requires_grad_(False)
+        _freeze_embeddings(student)
         done = runtime.recover(
             student,
             self.dense,
@@ -143,6 +141,7 @@ class Students:
         return runtime.calibrate(self.dense, self.batches, progress=False)
 
 
-def _embeddings(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    kinds = (torch.nn.Embedding, runtime.PackedEmbedding)
-    return [p for m in model.modules() if isinstance(m, kinds) for p in m.parameters()]
+def _freeze_embeddings(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Embedding, runtime.PackedEmbedding)):
+            module.requires_grad_(False)
