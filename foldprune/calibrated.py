@@ -26,10 +26,10 @@ __all__ = ["Plan", "apply_attention", "apply_tensors", "candidates", "make_plan"
 
 @dataclass
 class Plan:
-    """What is to become of the model. ``irc`` and ``dwc``: by block, what ``attention`` takes, and
-    a description; ``shares`` and ``granularities``: by tensor, for FPP."""
+    """What is to become of the model. ``irc`` and ``dwc``: by block, what the job's folds take;
+    ``shares`` and ``granularities``: by tensor, for FPP."""
 
-    irc: dict[str, tuple[int | Array | None, str]] = field(default_factory=dict)
+    irc: dict[str, tuple[int | Array | None, str, float]] = field(default_factory=dict)
     dwc: dict[str, tuple[str | int | Array, str]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     granularities: dict[str, Granularity] = field(default_factory=dict)
@@ -128,7 +128,7 @@ def _plan_rate(job: Job, measured: Measured, rate: float) -> Plan:
         ranks = np.array([round(taken.setting) for taken in taken_by_head])
         settled = job.ranks_of(block, ranks, method)
         if method == "IRC":
-            plan.irc[name] = settled
+            plan.irc[name] = (*settled, 0.0)
         else:
             plan.dwc[name] = (settled[0] if settled[0] is not None else "lossless", settled[1])
     plan.granularities = dict.fromkeys(plan.shares, Granularity("weight"))

@@ -19,12 +19,12 @@ from .moments import Moments
 from .prune import Pruned, Target, encode, mask_lowest
 from .recipe import Granularity
 
-__all__ = ["Gram", "fit", "fit_neurons", "row_damage", "sweep"]
+__all__ = ["SEARCH_DAMPING", "SWAP_ROUNDS", "Gram", "fit", "fit_neurons", "row_damage", "sweep"]
 
 SEARCH_DAMPING = 0.01  # of the mean of C's diagonal, for masks
 DAMPINGS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _SAMPLE = 4  # groups of eight rows that a damping is chosen on
-_SWAP_ROUNDS = 2
+SWAP_ROUNDS = 2
 _ROUNDS = 12  # in which hidden units leave
 
 
@@ -181,7 +181,7 @@ def _finish(
         new = _core.refit(matrix, elements, damped, threads=threads)
     else:
         mask, new = _core.swap(
-            matrix, elements, damped, _SWAP_ROUNDS, group=swaps_within, threads=threads
+            matrix, elements, damped, SWAP_ROUNDS, group=swaps_within, threads=threads
         )
     with np.errstate(over="ignore"):
         stored = new.astype(target.matrix.dtype)

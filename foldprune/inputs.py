@@ -86,11 +86,17 @@ class BlockInputs:
         np.fill_diagonal(covariance, np.maximum(variance, 1e-12 * largest))
         self.centred = np.linalg.cholesky(covariance)
 
-    def weigh(self, rows: Array) -> Array:
-        """Rows (..., d) in the units of x's second moment: their norms are root mean squares."""
-        if self.known:
-            return np.asarray(rows @ self.plain)
-        return rows if self.scale is None else rows * self.scale
+    def weigh(self, rows: Array, bias: Array | None = None, centred: bool = False) -> Array:
+        """Rows (..., d) in the units of x's second moment: the norms of what comes back are the
+        root mean squares of row x + bias, or if ``centred`` their standard deviations."""
+        if self.known and centred:
+            return np.asarray(rows @ self.centred)
+        if not self.known and self.scale is not None:
+            rows = rows * self.scale
+        if bias is None or centred:
+            return np.asarray(rows @ self.plain) if self.known else rows
+        rows = np.concatenate([rows, bias[..., None]], axis=-1)
+        return np.asarray(rows @ self.extended) if self.known else rows
 
     @cached_property
     def plain(self) -> Array:

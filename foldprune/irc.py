@@ -29,7 +29,7 @@ from .fold import (
 from .inputs import BlockInputs, Moments
 from .schemas.layout import AttentionBlock
 
-__all__ = ["curve", "fold", "plane_scores"]
+__all__ = ["curve", "fold", "logit_inputs", "plane_scores"]
 
 
 def fold(
@@ -39,6 +39,7 @@ def fold(
     threads: int = 1,
     moments: Moments | None = None,
     source: Moments | None = None,
+    plain: bool = False,
 ) -> Fold:
     """Identical row compression of query and key.
 
@@ -47,14 +48,15 @@ def fold(
     block's inputs, the fold has the least mean square error of the logits over independent queries
     and keys, the keys' mean left out as the softmax does; one number is then the mean over the
     heads, and those whose logits need more rank get more of it. ``source``: of the inputs that the
-    key of cross-attention reads.
+    key of cross-attention reads. ``plain``: all numbers of the rows are stored, as ``Rows`` or
+    ``Planes`` whatever their ranks, with no identity in pivot columns.
     """
     if ranks is None:
         moments = source = None
-    inputs, key_inputs = _logit_inputs(block, arrays, moments, source)
+    inputs, key_inputs = logit_inputs(block, arrays, moments, source)
     heads = _logit_heads(block, arrays, inputs, key_inputs)
     dtype = heads[0].dtype
-    gauge = exact_in(dtype)
+    gauge = exact_in(dtype) and not plain
     limit = block.head_dim // 2 if block.rope else block.head_dim
     if isinstance(ranks, int):
         if ranks > limit:
@@ -66,14 +68,14 @@ def fold(
             ranks = np.full(block.groups, ranks)
     wanted = None if ranks is None else int32(ranks)
     if block.rope:
-        return _irc_planes(block, arrays, heads, inputs, wanted, gauge, threads)
+        return _irc_planes(block, arrays, heads, inputs, wanted, gauge, plain, threads)
 
     left, right, pivots, kept, error, energy = _core.irc(heads, wanted, gauge, threads)
     per_group = block.heads // block.groups
     query_ranks = np.repeat(kept, per_group)
     cols = block.query.cols
     rows = [left[i, :r] for i, r in enumerate(query_ranks.tolist())]
-    whole = bool(np.all(query_ranks == block.head_dim))
+    whole = bool(np.all(query_ranks == block.head_dim)) and not plain
     folded = Fold(
         {
             "query": _rows(block.heads, block.head_dim, [r[:, :cols] for r in rows], dtype, whole),
@@ -147,6 +149,7 @@ def _irc_planes(
     inputs: BlockInputs,
     ranks: Array | None,
     gauge: bool,
+    plain: bool,
     threads: int,
 ) -> Fold:
     adjacent = block.rope == "adjacent"
@@ -189,7 +192,8 @@ def _irc_planes(
             round_to(values.ravel(), dtype),
             columns,
         )
-        return Dense(encoding.unpack()) if whole and columns is None else encoding
+        dense = whole and columns is None and not plain
+        return Dense(encoding.unpack()) if dense else encoding
 
     columns = None if pivots is None else int32(ragged(pivots, kept))
     folded = Fold(
@@ -212,7 +216,7 @@ def plane_scores(
     block: AttentionBlock, arrays: Mapping[str, Array], moments: Moments, threads: int = 1
 ) -> Array:
     """What IRC keeps planes by: (key heads, head_dim / 2)."""
-    inputs, key_inputs = _logit_inputs(block, arrays, moments, moments)
+    inputs, key_inputs = logit_inputs(block, arrays, moments, moments)
     heads = _logit_heads(block, arrays, inputs, key_inputs)
     return _plane_scores(block, heads, inputs, threads)
 
@@ -254,7 +258,7 @@ def curve(
     moments: Moments | None = None,
     source: Moments | None = None,
 ) -> Curve:
-    inputs, key_inputs = _logit_inputs(block, arrays, moments, source)
+    inputs, key_inputs = logit_inputs(block, arrays, moments, source)
     heads = _logit_heads(block, arrays, inputs, key_inputs)
     gauge = exact_in(heads[0].dtype)
     cols, head_dim = block.key.cols, block.head_dim
@@ -279,7 +283,7 @@ def curve(
 # ---- what query and key are to the core ---------------------------------------------------------
 
 
-def _logit_inputs(
+def logit_inputs(
     block: AttentionBlock,
     arrays: Mapping[str, Array],
     moments: Moments | None,

@@ -2,7 +2,7 @@
 results.
 
 What is applied to which tensor is settled in uncalibrated.py and calibrated.py; the methods
-themselves are in irc.py, dwc.py, prune.py and fit.py.
+themselves are in irc.py, sparse_rows.py, dwc.py, prune.py and fit.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _core, dwc, irc, schemas, tensors
+from . import _core, dwc, irc, schemas, sparse_rows, tensors
 from .compressed import Compressed
 from .encodings import Array, Dense, Encoding, Fused, nbytes
 from .errors import (
@@ -192,17 +192,21 @@ class Job:
         block: AttentionBlock,
         ranks: int | Array | None,
         method: str,
+        share: float = 0.0,
         moments: Moments | None = None,
         source: Moments | None = None,
     ) -> None:
-        """IRC on one block; left out, with the reason noted, where it is invalid or not smaller."""
-        self._fold(
-            "IRC",
-            {"query": block.query, "key": block.key},
-            self.refusal(block, "irc", exact=ranks is None),
-            lambda: irc.fold(block, self.arrays, ranks, self.threads, moments, source),
-            method,
-        )
+        """IRC on one block, with ``share`` of what it keeps pruned; left out, with the reason
+        noted, where it is invalid or not smaller."""
+
+        def make() -> Fold:
+            data = self.threads, moments, source
+            if ranks is not None and share:
+                return sparse_rows.fold(block, self.arrays, ranks, share, *data)
+            return irc.fold(block, self.arrays, ranks, *data)
+
+        matrices = {"query": block.query, "key": block.key}
+        self._fold("IRC", matrices, self.refusal(block, "irc", exact=ranks is None), make, method)
 
     def fold_value(
         self,
@@ -376,19 +380,23 @@ class Job:
 
     # ---- what a recipe or a rate asks for -------------------------------------------------------
 
-    def irc_of(self, block: AttentionBlock, recipe: Recipe) -> tuple[int | None, str] | None:
-        """What ``fold_query_key`` is to do by the recipe: rank (None: lossless) and description."""
-        at = recipe.at(block.query.weight)
-        if at.irc != recipe.at(block.key.weight).irc:
-            raise ValueError(
-                f"overrides give {block.query.weight!r} and {block.key.weight!r} different 'irc': "
-                "they fold together; match both"
-            )
+    def irc_of(self, block: AttentionBlock, recipe: Recipe) -> tuple[int | None, str, float] | None:
+        """What ``fold_query_key`` is to do by the recipe: rank (None: lossless), description and
+        the share that is pruned."""
+        at, of_key = recipe.at(block.query.weight), recipe.at(block.key.weight)
+        for what in ("irc", "irc_fpp"):
+            if getattr(at, what) != getattr(of_key, what):
+                raise ValueError(
+                    f"overrides give {block.query.weight!r} and {block.key.weight!r} different "
+                    f"{what!r}: they fold together; match both"
+                )
         if at.irc is None:
             return None
         if at.irc == "lossless":
-            return None, "IRC lossless"
-        return int(at.irc), f"IRC {'planes' if block.rope else 'r'}={at.irc}"
+            return None, "IRC lossless", 0.0
+        share = at.irc_fpp or 0.0
+        pruned = f" FPP {share:.1%}" if share else ""
+        return int(at.irc), f"IRC {'planes' if block.rope else 'r'}={at.irc}{pruned}", share
 
     def dwc_of(self, block: AttentionBlock, recipe: Recipe) -> tuple[str | int, str] | None:
         """What ``fold_value`` is to do by the recipe."""

@@ -89,6 +89,9 @@ class Recipe:
         position embedding: the number of 2-planes), or "lossless". With a calibration the heads'
         mean rank, spread over the heads of a block by what each rank explains; a head with little
         to tell may be left with none, and attends to all tokens alike.
+    irc_fpp
+        Pruning of what ``irc`` keeps: the share of the numbers of its rows that is removed, in [0,
+        1). Four rows of which a quarter is kept say more than one row, in as many numbers.
     dwc
         Diagonal weight compression of value: "slice" (head i reads its own slice of the input; no
         grouped-query attention), "pivot" (the coordinates that matter most), a number (pivots, plus
@@ -107,6 +110,7 @@ class Recipe:
     fpp_granularity: str = "weight"
     fpp_scope: str = "global"
     irc: int | str | None = None
+    irc_fpp: float | None = None
     dwc: int | str | None = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -116,7 +120,8 @@ class Recipe:
         if not isinstance(self.fpp_on, Iterable):
             raise TypeError(f"fpp_on={self.fpp_on!r}: expected a tuple of {list(GROUPS)}")
         object.__setattr__(self, "fpp_on", tuple(self.fpp_on))
-        _check_rate(self.fpp)
+        _check_rate("fpp", self.fpp)
+        _check_rate("irc_fpp", self.irc_fpp)
         if unknown := [group for group in self.fpp_on if group not in GROUPS]:
             raise ValueError(f"fpp_on: unknown group(s) {unknown}; known are {list(GROUPS)}")
         if self.fpp_scope not in SCOPES:
@@ -134,6 +139,11 @@ class Recipe:
                     f"removes {implied:g}; pass fpp={implied:g}"
                 )
         _check_rank("irc", self.irc, least=1, words=("lossless",))
+        if self.irc_fpp and self.irc == "lossless":
+            raise ValueError(
+                f"irc_fpp={self.irc_fpp} prunes what irc='lossless' keeps whole; give irc a rank, "
+                "or leave irc_fpp out"
+            )
         _check_rank("dwc", self.dwc, least=0, words=("slice", "pivot", "lossless"))
         fields = {field.name for field in dataclasses.fields(self)} - {"overrides", "fpp_scope"}
         if not isinstance(self.overrides, Mapping):
@@ -228,13 +238,13 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def _check_rate(fpp: float | None) -> None:
-    if fpp is None:
+def _check_rate(field: str, rate: float | None) -> None:
+    if rate is None:
         return
-    if isinstance(fpp, bool) or not isinstance(fpp, (int, float)):
-        raise TypeError(f"fpp={fpp!r}: expected a number in [0, 1) or None")
-    if not 0 <= fpp < 1:
-        raise ValueError(f"fpp={fpp!r}: the share of weights removed lies in [0, 1)")
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise TypeError(f"{field}={rate!r}: expected a number in [0, 1) or None")
+    if not 0 <= rate < 1:
+        raise ValueError(f"{field}={rate!r}: the share of weights removed lies in [0, 1)")
 
 
 def _check_rank(field: str, value: int | str | None, least: int, words: tuple[str, ...]) -> None:

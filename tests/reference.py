@@ -249,10 +249,20 @@ class Stored:
         assert self.params["heads"] == count
         return self._rows(count) if self.kind == "rows" else self._diagonal(count)
 
+    def _row_values(self, rows: int) -> Array:
+        """Of so many stored rows; those that a mask leaves out are zero."""
+        values = self.parts["values"].astype(np.float64)
+        if "mask" not in self.parts:
+            return values
+        keep = unbits(self.parts["mask"], (rows, self.cols)).astype(bool)
+        whole = np.zeros(keep.shape)
+        whole[keep] = values
+        return whole.ravel()
+
     def _rows(self, count: int) -> list[Array]:
         assert self.kind == "rows", self.kind
         out, at, pivot_at = [], 0, 0
-        values = self.parts["values"].astype(np.float64)
+        values = self._row_values(int(self.parts["ranks"].sum()))
         for rank in self.parts["ranks"].tolist():
             factor = np.zeros((rank, self.cols))
             free = np.ones(self.cols, bool)
@@ -278,7 +288,7 @@ class Stored:
             ]
         assert self.kind == "planes" and self.params["pairing"] == pairing
         out: list[dict[int, Array]] = []
-        values, at, plane = self.parts["values"].astype(np.float64), 0, 0
+        values, at, plane = self._row_values(2 * int(self.parts["ranks"].sum())), 0, 0
         half = self.shape[0] // count // 2
         # no list: every head keeps all
         where = self.parts.get("planes", np.tile(np.arange(half), count))

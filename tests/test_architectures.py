@@ -110,8 +110,9 @@ def test_lossless(name, how):
         Recipe(irc=5, dwc="pivot"),
         Recipe(irc="lossless", dwc=2),
         Recipe(irc=2, dwc=0, fpp=0.5),
+        Recipe(irc=3, irc_fpp=0.5),
     ],
-    ids=["1", "5-pivot", "lossless-2", "2-0-fpp"],
+    ids=["1", "5-pivot", "lossless-2", "2-0-fpp", "3-pruned"],
 )
 def test_reduced_rank(name, recipe):
     model = architectures.make(name)

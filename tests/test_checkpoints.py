@@ -32,6 +32,7 @@ APART = {
     "lossless": {"rate": 0.0},
     "tensor": {"recipe": Recipe(fpp=0.6, fpp_scope="tensor", irc=3, dwc=2)},
     "rows": {"recipe": Recipe(fpp=0.5, fpp_scope="row")},
+    "pruned folds": {"recipe": Recipe(irc=3, irc_fpp=0.5)},
     "2:4": {"recipe": Recipe(fpp=0.5, fpp_granularity="2:4", dwc="pivot")},
     "nothing": {"recipe": Recipe()},
 }

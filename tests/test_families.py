@@ -285,8 +285,9 @@ def test_dwc_modes(family, mode, make_model, token_ids):
         Recipe(irc="lossless", dwc=2),
         Recipe(irc=3, dwc="lossless", fpp=0.5),
         Recipe(irc=2, dwc=1, fpp=0.5, fpp_granularity="2:4"),
+        Recipe(irc=3, irc_fpp=0.5, dwc=1),
     ],
-    ids=["2-pivot", "lossless-2", "3-lossless-fpp", "2-1-2:4"],
+    ids=["2-pivot", "lossless-2", "3-lossless-fpp", "2-1-2:4", "3-pruned-1"],
 )
 def test_irc_with_dwc(family, recipe, make_model, token_ids):
     model = make_model(family)

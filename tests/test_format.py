@@ -66,6 +66,7 @@ RECIPES = {
     "neurons": Recipe(fpp=0.5, fpp_granularity="neuron", dwc="pivot"),
     "rows": Recipe(fpp=0.5, fpp_granularity="row"),
     "folds": Recipe(irc=3, dwc=2, fpp=0.01),
+    "pruned folds": Recipe(irc=3, irc_fpp=0.4),
     "overrides": Recipe(irc=3, overrides={"*.0.*": {"irc": None, "fpp": 0.5}}),
     "nothing": Recipe(),
 }
@@ -401,6 +402,35 @@ def test_contradictions_are_found(damage, tmp_path):
     """Files with sound checksums that lie: an error at load, never a wrong tensor."""
     sample().save(tmp_path / "a")
     rewrite(tmp_path / "a", tmp_path / "b", CORRUPT[damage])
+    with pytest.raises(foldprune.FormatError):
+        foldprune.load(tmp_path / "b")
+
+
+@pytest.mark.parametrize("family", STATES)
+@pytest.mark.parametrize("damage", ["bit", "short", "value", "dtype", "pivots"])
+def test_contradictions_in_pruned_rows_are_found(family, damage, tmp_path):
+    compressed = foldprune.compress(
+        STATES[family](), recipe=Recipe(irc=2, irc_fpp=0.5), num_heads=4
+    )
+    compressed.save(tmp_path / "a")
+    name = next(n for n, e in compressed.encodings.items() if "mask" in e.parts())
+    mask, values = f"{name}::mask", f"{name}::values"
+
+    def change(header: Any, parts: Any) -> None:
+        if damage == "bit":
+            _set(parts, mask, 0, parts[mask][0] ^ 1)
+        elif damage == "short":
+            parts[mask] = parts[mask][:-1]
+        elif damage == "value":
+            parts[values] = parts[values][1:]
+        elif damage == "dtype":
+            parts[mask] = parts[mask].view(np.int8)
+        else:
+            ranks = int(parts[f"{name}::ranks"].sum())
+            parts[f"{name}::pivots"] = np.zeros(ranks, np.int32)
+            tensor(header, name)["parts"].append("pivots")
+
+    rewrite(tmp_path / "a", tmp_path / "b", change)
     with pytest.raises(foldprune.FormatError):
         foldprune.load(tmp_path / "b")
 

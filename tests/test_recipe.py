@@ -20,6 +20,7 @@ def test_recipe_json_both_ways():
         Recipe(fpp=0.5, fpp_granularity="2:4", fpp_on=("feed_forward", "qkv")),
         Recipe(fpp=0.3, irc=4, dwc=2, overrides={"*layer.0.*": {"fpp": None, "irc": 16}}),
         Recipe(fpp=0.3, fpp_scope="row"),
+        Recipe(irc=4, irc_fpp=0.75),
     ]
     for recipe in recipes:
         text = recipe.to_json(indent=1)
@@ -56,6 +57,8 @@ def test_recipe_is_frozen():
         {"irc": 0},
         {"irc": -1},
         {"irc": "full"},
+        {"irc_fpp": 1.0},
+        {"irc": "lossless", "irc_fpp": 0.5},
         {"dwc": -1},
         {"dwc": "diagonal"},
         {"overrides": {"*": {"rank": 1}}},
@@ -76,6 +79,7 @@ def test_recipe_values(fields):
         {"fpp": True},
         {"irc": 2.5},
         {"irc": True},
+        {"irc_fpp": "0.5"},
         {"dwc": 1.5},
         {"overrides": {1: {"irc": 1}}},
         {"overrides": {"*": 3}},
@@ -131,6 +135,10 @@ def test_overrides_that_match_nothing_or_half():
     with pytest.raises(ValueError, match="query"):
         foldprune.compress(
             state, recipe=Recipe(irc=2, overrides={"*query*": {"irc": 3}}), num_heads=4
+        )
+    with pytest.raises(ValueError, match="different 'irc_fpp'"):
+        foldprune.compress(
+            state, recipe=Recipe(irc=2, overrides={"*query*": {"irc_fpp": 0.5}}), num_heads=4
         )
     with pytest.raises(ValueError, match="neuron"):
         foldprune.compress(

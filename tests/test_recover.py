@@ -502,6 +502,19 @@ def test_refolding_to_the_same_ranks_changes_nothing(make_model):
     assert one[2].remainder_ranks.any() and not other[2].remainder_ranks.any()
 
 
+def test_refolding_prunes_rows_once(make_model):
+    teacher, data = make_model("bert"), models.batches()
+    student = convert(
+        copy.deepcopy(teacher), compress(teacher, data, recipe=Recipe(irc=3), **QUIET)
+    )
+    lower = Recipe(irc=3, irc_fpp=0.5)
+    pruned = refold(student, teacher, data, lower, **QUIET)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    before, after = (to_compressed(m).encodings[name] for m in (student, pruned))
+    assert after.numbers == before.numbers // 2 and "mask" in after.parts()
+    assert same(state(refold(pruned, teacher, data, lower, **QUIET)), state(pruned))
+
+
 def test_what_refolding_refuses(make_model):
     teacher, data = make_model("bert"), models.batches()
     student = compressed(teacher, PAPER["bert"])

@@ -8,19 +8,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .. import _core
 from ..errors import FormatError
-from .base import Array, Parts, integer, part
+from .base import WEIGHT_DTYPES, Array, Parts, integer, part
 
 __all__ = ["Diagonal", "Planes", "Rows", "group_sizes"]
 
 
 class _HeadRows:
-    """What Rows and Planes have in common: ``values`` of heads x head_dim rows."""
+    """What Rows and Planes have in common: ``values`` of heads x head_dim rows. With ``mask``, a
+    bit for each number of the stored rows, least significant first, they are the kept ones."""
 
     heads: int
     head_dim: int
     cols: int | None  # None: a bias vector
     values: Array
+    mask: Array | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,6 +38,11 @@ class _HeadRows:
     def numbers(self) -> int:
         return int(self.values.size)
 
+    def _unmasked(self, rows: int) -> Array:
+        """All numbers of that many stored rows."""
+        assert self.mask is not None and self.cols is not None
+        return _core.unpack(self.values, self.mask, (rows, self.cols), 1)
+
 
 @dataclass(frozen=True)
 class Rows(_HeadRows):
@@ -42,7 +50,7 @@ class Rows(_HeadRows):
 
     ``cols`` is None for a bias vector. With ``pivots`` (one column per stored row) each head's
     rows hold the identity in their pivot columns, which is not stored. ``values`` runs head by
-    head.
+    head. Rows that FPP has pruned have a ``mask`` and no pivots.
     """
 
     heads: int
@@ -51,11 +59,15 @@ class Rows(_HeadRows):
     ranks: Array  # (heads,) int32
     values: Array  # 1-D
     pivots: Array | None = None  # (sum of ranks,) int32
+    mask: Array | None = None
     kind: ClassVar[str] = "rows"
 
     def factors(self) -> list[Array]:
         """Each head's stored rows, (rank x cols) float64, identity columns filled in."""
         cols = 1 if self.cols is None else self.cols
+        if self.mask is not None:
+            whole = self._unmasked(int(self.ranks.sum())).astype(np.float64)
+            return np.split(whole, np.cumsum(self.ranks)[:-1])
         out, value, row = [], 0, 0
         for rank in self.ranks.tolist():
             factor = np.zeros((rank, cols))
@@ -84,6 +96,8 @@ class Rows(_HeadRows):
         parts = {"ranks": self.ranks, "values": self.values}
         if self.pivots is not None:
             parts["pivots"] = self.pivots
+        if self.mask is not None:
+            parts["mask"] = self.mask
         return parts
 
     def params(self) -> dict[str, Any]:
@@ -96,6 +110,9 @@ class Rows(_HeadRows):
         heads, head_dim, cols = _head_shape(shape, params)
         ranks = _ranks(parts, heads, head_dim)
         total = int(ranks.sum())
+        if "mask" in parts:
+            mask, values = _masked(parts, dtype, total, cols)
+            return cls(heads, head_dim, cols, ranks, values, None, mask)
         pivots = None
         if "pivots" in parts:
             pivots = part(parts, "pivots", np.dtype("i4"), (total,))
@@ -114,7 +131,7 @@ class Planes(_HeadRows):
 
     ``planes`` lists them head by head; None: every head keeps all. ``pairing``: plane p is rows
     (p, p + head_dim / 2) ("half") or (2p, 2p + 1) ("adjacent"). With ``pivots`` a plane's pivot
-    column is (1, 0), which is not stored.
+    column is (1, 0), which is not stored. A ``mask`` is as that of ``Rows``.
     """
 
     heads: int
@@ -125,6 +142,7 @@ class Planes(_HeadRows):
     planes: Array | None
     values: Array
     pivots: Array | None = None
+    mask: Array | None = None
     kind: ClassVar[str] = "planes"
 
     def unpack(self, threads: int = 1) -> Array:
@@ -137,7 +155,9 @@ class Planes(_HeadRows):
         second = planes + half if self.pairing == "half" else first + 1
         total = len(planes)
         pairs = np.empty((total, 2, cols), self.dtype)
-        if self.pivots is None:
+        if self.mask is not None:
+            pairs[:] = self._unmasked(2 * total).reshape(total, 2, cols)
+        elif self.pivots is None:
             pairs[:] = self.values.reshape(total, 2, cols)
         else:
             free = np.ones((total, cols), bool)
@@ -155,6 +175,8 @@ class Planes(_HeadRows):
             parts["planes"] = self.planes
         if self.pivots is not None:
             parts["pivots"] = self.pivots
+        if self.mask is not None:
+            parts["mask"] = self.mask
         return parts
 
     def params(self) -> dict[str, Any]:
@@ -178,6 +200,9 @@ class Planes(_HeadRows):
             raise FormatError(
                 "planes: some heads keep only part of their planes, but not told which"
             )
+        if "mask" in parts:
+            mask, values = _masked(parts, dtype, 2 * total, cols)
+            return cls(heads, head_dim, cols, pairing, ranks, planes, values, None, mask)
         pivots, width = None, 1 if cols is None else cols
         if "pivots" in parts:
             pivots = part(parts, "pivots", np.dtype("i4"), (total,))
@@ -295,6 +320,21 @@ def _ranks(parts: Parts, heads: int, most: int, name: str = "ranks") -> Array:
     if np.any((ranks < 0) | (ranks > most)):
         raise FormatError(f"{name}: a rank is outside [0, {most}]")
     return ranks
+
+
+def _masked(parts: Parts, dtype: np.dtype[Any], rows: int, cols: int | None) -> tuple[Array, Array]:
+    """Mask and kept values of pruned rows."""
+    if cols is None or "pivots" in parts or dtype not in WEIGHT_DTYPES:
+        raise FormatError("a mask is for rows of weights without pivots")
+    mask = part(parts, "mask", np.dtype("u1"), ((rows * cols + 7) // 8,))
+    values = part(parts, "values", dtype, (None,))
+    try:
+        kept = _core.mask_count(mask, rows * cols)
+    except ValueError as error:
+        raise FormatError(f"mask: {error}") from None
+    if kept != values.size:
+        raise FormatError(f"the mask keeps {kept} numbers, {values.size} are stored")
+    return mask, values
 
 
 def _check_distinct(indices: Array, ranks: Array, limit: int, what: str) -> None:

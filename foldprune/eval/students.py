@@ -28,8 +28,9 @@ __all__ = ["DENSE", "FOLDPRUNE", "METHODS", "ORIGINAL", "PAPER", "Students"]
 ORIGINAL, DENSE = "original", "dense"
 FOLDPRUNE, PAPER = "foldprune", "paper"
 METHODS = (FOLDPRUNE, *baselines.METHODS)
-# pivots are chosen by the calibration, cost no more than slices, and exist where heads share keys
-PAPER_RECIPE = replace(Recipe.paper(), dwc="pivot")
+# Pivots are chosen by the calibration, cost no more than slices, and exist where heads share keys;
+# four rows of which a quarter is kept say more than one, in as many numbers.
+PAPER_RECIPE = replace(Recipe.paper(), irc=4, irc_fpp=0.75, dwc="pivot")
 # Short recoveries came closer to the teacher on its outputs alone than with matched layers first.
 LAYERWISE = 0.0
 Rate = float | str

@@ -71,9 +71,12 @@ class FoldedHeads(_Folded):
 
     Gives (batch, length, heads, width), width being the rows of the largest head and the others'
     missing ones zero, which add nothing to a product. A plane's two rows are next to each other.
-    Where heads hold the identity in pivot columns, ``values`` are the other columns alone.
+    Where heads hold the identity in pivot columns, ``values`` are the other columns alone; where
+    FPP has pruned the rows, what their ``mask`` keeps.
     """
 
+    mask: torch.Tensor | None
+    stored: torch.Tensor | None
     pivots: torch.Tensor | None
     planes: torch.Tensor | None
     owners: torch.Tensor
@@ -103,6 +106,8 @@ class FoldedHeads(_Folded):
         for name in ("pivots", "planes"):
             indices = getattr(weight, name, None)
             self.register_buffer(name, None if indices is None else _index(indices))
+        mask = None if weight.mask is None else torch.from_numpy(weight.mask.copy())
+        self.register_buffer("mask", mask)
         self._follow()
         self.bias_kind = None if bias is None else bias.kind
         self.bias: nn.Parameter | None
@@ -126,9 +131,12 @@ class FoldedHeads(_Folded):
 
     def matrix(self) -> torch.Tensor:
         """(rows of all heads x cols)."""
+        shape = self.total, self.cols
+        if self.stored is not None:
+            return self.values.new_zeros(shape).masked_scatter(self.stored, self.values)
         if self.pivots is None or self.free is None:
-            return self.values.view(self.total, self.cols)
-        whole = self.values.new_zeros((self.total, self.cols))
+            return self.values.view(shape)
+        whole = self.values.new_zeros(shape)
         whole[:: self.per_rank].scatter_(1, self.pivots[:, None], 1)
         return whole.masked_scatter(self.free[self.owners], self.values)
 
@@ -143,9 +151,13 @@ class FoldedHeads(_Folded):
         return y.view(*y.shape[:-1], self.heads, self.width)
 
     def _follow(self) -> None:
-        """What follows from pivots and planes. ``free``: by head or plane, the columns that are
-        no pivots; ``padded``: (heads x planes of the largest head), None for all in order."""
-        free = padded = None
+        """What follows from mask, pivots and planes. ``stored``: (rows of all heads x cols);
+        ``free``: by head or plane, the columns that are no pivots; ``padded``: (heads x planes of
+        the largest head), None for all in order."""
+        stored = free = padded = None
+        if self.mask is not None:
+            bits = self.mask[:, None] >> torch.arange(8, device=self.mask.device) & 1
+            stored = bits.bool().view(-1)[: self.total * self.cols].view(self.total, self.cols)
         if self.pivots is not None:
             free = self.pivots.new_ones((self.units, self.cols), dtype=torch.bool)
             free[self.owners[:: self.per_rank], self.pivots] = False
@@ -153,6 +165,7 @@ class FoldedHeads(_Folded):
             width = self.width // 2
             padded = self.planes.new_zeros(self.heads * width)
             padded = padded.index_copy(0, self.slots, self.planes).view(self.heads, width)
+        self.register_buffer("stored", stored, persistent=False)
         self.register_buffer("free", free, persistent=False)
         self.register_buffer("padded", padded, persistent=False)
 
@@ -162,22 +175,25 @@ class FoldedHeads(_Folded):
         pivots, planes = (
             None if t is None else t.numpy().astype(np.int32) for t in (self.pivots, self.planes)
         )
+        mask = None if self.mask is None else self.mask.numpy().copy()
         shape = (self.heads, self.head_dim)
         values = _numbers(self.values)
 
-        def encode(cols: int | None, values: Array, pivots: Array | None) -> Encoding:
+        def encode(
+            cols: int | None, values: Array, pivots: Array | None, mask: Array | None
+        ) -> Encoding:
             if self.pairing is None:
-                return Rows(*shape, cols, ranks, values, pivots)
-            return Planes(*shape, cols, self.pairing, ranks, planes, values, pivots)
+                return Rows(*shape, cols, ranks, values, pivots, mask)
+            return Planes(*shape, cols, self.pairing, ranks, planes, values, pivots, mask)
 
         bias: Encoding | None = None
         if self.bias_kind == "zeros":
             bias = Zeros((self.heads * self.head_dim,), values.dtype)
         elif self.bias is not None:
-            bias = encode(None, _numbers(self.bias), None)
+            bias = encode(None, _numbers(self.bias), None, None)
             if self.bias_kind == "dense":
                 bias = Dense(bias.unpack())
-        return encode(self.cols, values, pivots), bias
+        return encode(self.cols, values, pivots, mask), bias
 
     def extra_repr(self) -> str:
         unit = "rows" if self.pairing is None else "planes"

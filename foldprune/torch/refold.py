@@ -107,7 +107,7 @@ def _remaining(dense: torch.nn.Module, old: Compressed, recipe: Recipe) -> Recip
 
     for block in layout_of(dense).attentions:
         query, value = recipe.at(block.query.weight), recipe.at(block.value.weight)
-        if _irc_done(old, block, query.irc):
+        if _irc_done(old, block, query):
             override(block.query.weight, irc=None)
             override(block.key.weight, irc=None)
         output = old.encodings.get(block.output.weight)
@@ -124,11 +124,13 @@ def _encoding(compressed: Compressed, matrix: Matrix) -> Encoding:
     return encoding.segments[matrix.slot.part] if isinstance(encoding, Fused) else encoding
 
 
-def _irc_done(old: Compressed, block: AttentionBlock, irc: int | str | None) -> bool:
+def _irc_done(old: Compressed, block: AttentionBlock, recipe: Recipe) -> bool:
     encoding = _encoding(old, block.query)
-    if irc is None or not isinstance(encoding, (Rows, Planes)):
+    if recipe.irc is None or not isinstance(encoding, (Rows, Planes)):
         return False
-    return irc == "lossless" or bool(encoding.ranks.mean() <= int(irc))
+    if recipe.irc_fpp and encoding.mask is None:
+        return False
+    return recipe.irc == "lossless" or bool(encoding.ranks.mean() <= int(recipe.irc))
 
 
 def _dwc_done(old: Compressed, block: AttentionBlock, dwc: int | str | None) -> bool:
