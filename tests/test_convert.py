@@ -435,7 +435,12 @@ def test_distributed(both, token_ids, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "recipe"),
-    [("bert", "both and pruned"), ("bert", "irc lossless"), ("llama-gqa", "both and pruned")],
+    [
+        ("bert", "both and pruned"),
+        ("bert", "irc lossless"),
+        ("bert", "irc pruned"),
+        ("llama-gqa", "both and pruned"),
+    ],
 )
 def test_compile_and_export(both, token_ids, family, recipe):
     _, converted, _ = both(family, recipe)

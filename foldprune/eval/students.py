@@ -19,7 +19,7 @@ from ..calibration import Calibration
 from ..compressed import Compressed
 from ..container import load
 from ..options import Progress
-from ..recipe import Recipe
+from ..recipe import GROUPS, Recipe
 from . import baselines
 
 __all__ = ["DENSE", "FOLDPRUNE", "METHODS", "ORIGINAL", "PAPER", "Students"]
@@ -43,7 +43,7 @@ class Students:
     the models depend on besides method and rate, plain JSON; ``folder``: where they are kept
     (None: only the last one is, in memory). They are recovered for ``steps`` (0: not at all) at
     ``lr``, what the recipe paper made (or others, in its place) for ``paper_steps`` at
-    ``paper_lr``, if given.
+    ``paper_lr``, if given. ``fold``: whether foldprune folds at a rate, or prunes alone.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Students:
         lr: float,
         paper_steps: int | None = None,
         paper_lr: float | None = None,
+        fold: bool = True,
         facts: Mapping[str, Any],
         folder: str | None,
     ) -> None:
@@ -63,7 +64,7 @@ class Students:
         self.batches, self.recovery = calibration, recovery
         self.course = steps, lr
         self.paper_course = paper_steps or steps, paper_lr or lr
-        self.facts, self.folder = dict(facts), folder
+        self.fold, self.facts, self.folder = fold, dict(facts), folder
         self._last: tuple[str, Compressed] | None = None
 
     def module(
@@ -99,8 +100,12 @@ class Students:
         return found
 
     def _compressed(self, method: str, rate: Rate, progress: Progress) -> Compressed:
-        how: dict[str, Any] = {"recipe": PAPER_RECIPE} if rate == PAPER else {"rate": rate}
         if method == FOLDPRUNE:
+            how: dict[str, Any] = {"rate": rate}
+            if rate == PAPER:
+                how = {"recipe": PAPER_RECIPE}
+            elif not self.fold:
+                how = {"recipe": Recipe(fpp=self._share(rate), fpp_on=GROUPS)}
             return runtime.compress(
                 self.dense, self.batches, **how, calibration=self.calibration, progress=progress
             )
@@ -133,9 +138,12 @@ class Students:
         else one share for all, that takes the rate from the model."""
         if rate == PAPER:
             return baselines.same_rates(compress(self.dense, recipe=PAPER_RECIPE).report)
-        total = baselines.matrices(self.dense)
-        share = float(rate) * sum(p.numel() for p in self.dense.parameters()) / total
-        return dict.fromkeys(baselines.GROUPS, share)
+        return dict.fromkeys(GROUPS, self._share(rate))
+
+    def _share(self, rate: Rate) -> float:
+        """Of the matrices' weights, for a rate of all numbers."""
+        numbers = sum(p.numel() for p in self.dense.parameters())
+        return float(rate) * numbers / baselines.matrices(self.dense)
 
     @cached_property
     def calibration(self) -> Calibration:
