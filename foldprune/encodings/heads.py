@@ -11,6 +11,7 @@ import numpy as np
 from .. import _core
 from ..errors import FormatError
 from .base import WEIGHT_DTYPES, Array, Parts, integer, part
+from .packed import check_mask
 
 __all__ = ["Diagonal", "Planes", "Rows", "group_sizes"]
 
@@ -328,12 +329,7 @@ def _masked(parts: Parts, dtype: np.dtype[Any], rows: int, cols: int | None) -> 
         raise FormatError("a mask is for rows of weights without pivots")
     mask = part(parts, "mask", np.dtype("u1"), ((rows * cols + 7) // 8,))
     values = part(parts, "values", dtype, (None,))
-    try:
-        kept = _core.mask_count(mask, rows * cols)
-    except ValueError as error:
-        raise FormatError(f"mask: {error}") from None
-    if kept != values.size:
-        raise FormatError(f"the mask keeps {kept} numbers, {values.size} are stored")
+    check_mask("rows", mask, rows * cols, values)
     return mask, values
 
 

@@ -12,7 +12,7 @@ from .. import _core
 from ..errors import FormatError
 from .base import WEIGHT_DTYPES, Array, Parts, in_range, part
 
-__all__ = ["Packed"]
+__all__ = ["Packed", "check_mask"]
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,15 @@ class Packed:
         if dtype not in WEIGHT_DTYPES:
             raise FormatError(f"packed: values cannot be {dtype}")
         packed = cls((rows, cols), mask, values, (block_rows, block_cols), transposed)
-        try:
-            kept = _core.mask_count(packed.element_mask(), rows * cols)
-        except ValueError as error:
-            raise FormatError(f"packed: {error}") from None
-        if kept != values.size:
-            raise FormatError(f"packed: the mask keeps {kept} elements, {values.size} are stored")
+        check_mask("packed", packed.element_mask(), rows * cols, values)
         return packed
+
+
+def check_mask(kind: str, mask: Array, elements: int, values: Array) -> None:
+    """FormatError unless the bits over so many elements keep as many as there are values."""
+    try:
+        kept = _core.mask_count(mask, elements)
+    except ValueError as error:
+        raise FormatError(f"{kind}: {error}") from None
+    if kept != values.size:
+        raise FormatError(f"{kind}: the mask keeps {kept} elements, {values.size} are stored")

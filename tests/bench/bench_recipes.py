@@ -13,7 +13,6 @@ import tempfile
 from dataclasses import replace
 
 import models
-import torch
 
 import foldprune.torch as fpt
 from foldprune.eval.protocols import Classification
@@ -42,7 +41,6 @@ def main() -> None:
             Classification.model
         )
     dense, held = students.dense.eval(), students.recovery[-HELD:]
-    want = [models.embed(dense, batch) for batch in held]
     print("| | qkv removed | model removed | cosine at once | recovered |\n|---|---|---|---|---|")
     for name in args.recipes:
         compressed = fpt.compress(
@@ -54,14 +52,7 @@ def main() -> None:
         )
         student = fpt.convert(copy.deepcopy(dense).requires_grad_(True), compressed)
         student.embeddings.requires_grad_(False)
-
-        def cosine(student: torch.nn.Module = student) -> float:
-            own = [models.embed(student.eval(), batch) for batch in held]
-            return float(
-                torch.cat([(a * b).sum(-1) for a, b in zip(own, want, strict=True)]).mean()
-            )
-
-        before = cosine()
+        before = models.cosine(student.eval(), dense, held)
         fpt.recover(
             student,
             dense,
@@ -71,10 +62,11 @@ def main() -> None:
             layerwise=0.0,
             progress=False,
         )
+        after = models.cosine(student.eval(), dense, held)
         totals = compressed.report.totals
         print(
             f"| {name} | {totals['qkv'].removed:.1%} | {totals['model'].removed:.1%} | "
-            f"{before:.3f} | {cosine():.3f} |",
+            f"{before:.3f} | {after:.3f} |",
             flush=True,
         )
 

@@ -30,11 +30,6 @@ WAYS = {
 }
 
 
-def cosine(student: Any, teacher: Any, batches: list[Any]) -> float:
-    cosines = [(models.embed(student, b) * models.embed(teacher, b)).sum(-1) for b in batches]
-    return float(torch.cat(cosines).mean())
-
-
 def run(way: str, args: argparse.Namespace, teacher: Any, data: dict[str, Any]) -> dict[str, Any]:
     quiet: dict[str, Any] = {"progress": False, "threads": args.threads}
     student, stages = None, []
@@ -46,7 +41,7 @@ def run(way: str, args: argparse.Namespace, teacher: Any, data: dict[str, Any]) 
             student.embeddings.requires_grad_(False)
         else:
             student = fpt.refold(student, teacher, data["calibration"], recipe, **quiet)
-        folded, before = time.perf_counter(), cosine(student, teacher, data["held"])
+        folded, before = time.perf_counter(), models.cosine(student, teacher, data["held"])
         result = fpt.recover(
             student,
             teacher,
@@ -64,7 +59,7 @@ def run(way: str, args: argparse.Namespace, teacher: Any, data: dict[str, Any]) 
             {
                 "recipe": f"irc {recipe.irc}, dwc {recipe.dwc}",
                 "folded": before,
-                "recovered": cosine(student, teacher, data["held"]),
+                "recovered": models.cosine(student, teacher, data["held"]),
                 "removed of qkv": fpt.to_compressed(student).report.totals["qkv"].removed,
                 "seconds": [round(folded - began), round(time.perf_counter() - folded)],
             }

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -104,6 +105,12 @@ def embed(model: Any, batch: Any) -> torch.Tensor:
     mask = batch["attention_mask"][..., None].to(hidden.dtype)
     pooled = (hidden * mask).sum(1) / mask.sum(1)
     return torch.nn.functional.normalize(pooled, dim=-1)
+
+
+def cosine(student: Any, teacher: Any, batches: Sequence[Any]) -> float:
+    """Of one's sentence embeddings to the other's, the mean over all sentences."""
+    cosines = [(embed(student, b) * embed(teacher, b)).sum(-1) for b in batches]
+    return float(torch.cat(cosines).mean())
 
 
 @torch.no_grad()
