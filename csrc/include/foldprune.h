@@ -36,7 +36,7 @@ size_t fp_dtype_size(fp_dtype dtype); /* bytes per element; 0 for another one, F
 typedef struct fp_kernels fp_kernels;
 
 /* The variant in use: the best one this processor runs, or the one that the environment
- * variable FOLDPRUNE_ISA names ("scalar", "avx2", "avx512", "avx512vpopcntdq", "neon"). NULL if
+ * variable FOLDPRUNE_ISA names ("scalar", "avx2", "avx512", "avx512icl", "neon"). NULL if
  * that one cannot be used here. */
 const fp_kernels *fp_kernels_default(void);
 

@@ -46,17 +46,18 @@ static int has_avx512(void)
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-static int has_avx512vpopcntdq(void)
+static int has_avx512icl(void)
 {
-    return has_avx512() && __builtin_cpu_supports("avx512vpopcntdq");
+    return has_avx512() && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("avx512vpopcntdq");
 }
 #define FP_AVX2 &fp_kernels_avx2, has_avx2
 #define FP_AVX512 &fp_kernels_avx512, has_avx512
-#define FP_AVX512VPOPCNTDQ &fp_kernels_avx512vpopcntdq, has_avx512vpopcntdq
+#define FP_AVX512ICL &fp_kernels_avx512icl, has_avx512icl
 #else
 #define FP_AVX2 NULL, never
 #define FP_AVX512 NULL, never
-#define FP_AVX512VPOPCNTDQ NULL, never
+#define FP_AVX512ICL NULL, never
 #endif
 
 #if defined(__aarch64__)
@@ -75,7 +76,7 @@ static const struct {
     {"neon", FP_NEON},
     {"avx2", FP_AVX2},
     {"avx512", FP_AVX512},
-    {"avx512vpopcntdq", FP_AVX512VPOPCNTDQ},
+    {"avx512icl", FP_AVX512ICL},
 };
 enum { VARIANTS = sizeof variants / sizeof variants[0] };
 

@@ -49,7 +49,7 @@ struct fp_kernels {
 extern const fp_kernels fp_kernels_scalar;
 extern const fp_kernels fp_kernels_avx2;
 extern const fp_kernels fp_kernels_avx512;
-extern const fp_kernels fp_kernels_avx512vpopcntdq;
+extern const fp_kernels fp_kernels_avx512icl;
 extern const fp_kernels fp_kernels_neon;
 
 /* Scalar pieces that variants use for their tails. */

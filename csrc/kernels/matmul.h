@@ -50,7 +50,7 @@ typedef struct fp_matmul_kernels {
 extern const fp_matmul_kernels fp_matmul_scalar;
 extern const fp_matmul_kernels fp_matmul_avx2;
 extern const fp_matmul_kernels fp_matmul_avx512;
-extern const fp_matmul_kernels fp_matmul_avx512vpopcntdq;
+extern const fp_matmul_kernels fp_matmul_avx512icl;
 extern const fp_matmul_kernels fp_matmul_neon;
 
 /* For float64, which is there to check the others' derivatives, the specification alone. */

@@ -10,7 +10,6 @@
 #include "matmul.h"
 #include "target.h"
 
-#define INLINE static inline __attribute__((always_inline))
 enum { MOST = FP_WIDTH_MAX / LANES, STEP = FP_WIDTH_STEP / LANES };
 
 /* Calls body(..., vectors) with `vectors` a constant, so that sums stay in registers. */

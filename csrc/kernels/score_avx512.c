@@ -50,7 +50,7 @@ static inline uint64_t matches(const float *s, uint32_t high)
 
 FP_DEFINE_SCORE_LOOPS(avx512, 16, 64)
 FP_DEFINE_KERNELS(avx512, avx512);
-FP_DEFINE_KERNELS(avx512vpopcntdq, avx512);
+FP_DEFINE_KERNELS(avx512icl, avx512);
 
 FP_TARGET_END
 #endif

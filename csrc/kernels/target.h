@@ -21,11 +21,13 @@
 #define FP_TARGET_END FP_PRAGMA(GCC pop_options)
 #define FP_UNROLL FP_PRAGMA(GCC unroll 32)
 #endif
+#define INLINE static inline __attribute__((always_inline))
 
 /* What cpu.c checks before it chooses the variant, and nothing more. */
 #define FP_AVX2_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt"
 #define FP_AVX512_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq"
-#define FP_AVX512VPOPCNTDQ_FEATURES                                                                \
-    "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq"
+/* What Ice Lake brought, and Zen 4 has too. */
+#define FP_AVX512ICL_FEATURES                                                                      \
+    "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vpopcntdq"
 
 #endif

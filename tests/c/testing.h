@@ -89,8 +89,8 @@ static inline void find_variants(void)
 #if defined(FP_TEST_EMULATED_AVX512)
         if (!strcmp(name, "avx512"))
             kernels = &fp_kernels_avx512;
-        else if (!strcmp(name, "avx512vpopcntdq"))
-            kernels = &fp_kernels_avx512vpopcntdq;
+        else if (!strcmp(name, "avx512icl"))
+            kernels = &fp_kernels_avx512icl;
         else if (strcmp(name, "scalar"))
             continue;
 #else

@@ -4,6 +4,7 @@
 #define FP_SIMDE_SHIM_H
 
 #include <math.h>
+#include <string.h>
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -14,10 +15,10 @@
 
 #undef FP_AVX2_FEATURES
 #undef FP_AVX512_FEATURES
-#undef FP_AVX512VPOPCNTDQ_FEATURES
+#undef FP_AVX512ICL_FEATURES
 #define FP_AVX2_FEATURES "sse2"
 #define FP_AVX512_FEATURES "sse2"
-#define FP_AVX512VPOPCNTDQ_FEATURES "sse2"
+#define FP_AVX512ICL_FEATURES "sse2"
 
 /* SIMDe's are not fused without the hardware. */
 #define FP_SHIM_FMA(bits, lanes)                                                                   \
@@ -44,6 +45,7 @@ typedef uint16_t __mmask16;
 #define _mm_popcnt_u32(m) __builtin_popcount(m)
 #define _mm_popcnt_u64(m) __builtin_popcountll(m)
 #define _tzcnt_u64(m) ((size_t)__builtin_ctzll(m)) /* of kernels, never 0 */
+#define _bzhi_u32(m, bits) ((uint32_t)((m) & ((UINT64_C(1) << (bits)) - 1)))
 #define _bzhi_u64(m, bits) ((m) & ((UINT64_C(1) << (bits)) - 1))
 
 static inline __m512 fp_cvtph(__m256i x)
@@ -99,6 +101,46 @@ static inline __m512i fp_cvtepu16(__m256i x)
     return _mm512_loadu_si512(to);
 }
 #define _mm512_cvtepu16_epi32 fp_cvtepu16
+
+#define FP_SHIM_MASKED_LOAD(name, vector, type, lanes)                                             \
+    static inline vector name(uint32_t m, const void *x)                                           \
+    {                                                                                              \
+        type to[lanes];                                                                            \
+        for (int i = 0; i < (lanes); i++)                                                          \
+            to[i] = (type)(m >> i & 1 ? ((const type *)x)[i] : 0);                                 \
+        vector v;                                                                                  \
+        memcpy(&v, to, sizeof v);                                                                  \
+        return v;                                                                                  \
+    }
+FP_SHIM_MASKED_LOAD(fp_masked_load_ps, __m512, float, 16)
+FP_SHIM_MASKED_LOAD(fp_masked_load_epi16, __m256i, uint16_t, 16)
+FP_SHIM_MASKED_LOAD(fp_masked_load_epi8, __m128i, uint8_t, 16)
+#define _mm512_maskz_loadu_ps fp_masked_load_ps
+#define _mm256_maskz_loadu_epi16 fp_masked_load_epi16
+#define _mm_maskz_loadu_epi8 fp_masked_load_epi8
+
+static inline __m256i fp_compress(__m256i rest, uint32_t m, __m256i x)
+{
+    uint8_t from[32], to[32];
+    _mm256_storeu_si256((__m256i *)from, x);
+    _mm256_storeu_si256((__m256i *)to, rest);
+    for (int i = 0, k = 0; i < 32; i++)
+        if (m >> i & 1)
+            to[k++] = from[i];
+    return _mm256_loadu_si256((const __m256i *)to);
+}
+#define _mm256_mask_compress_epi8 fp_compress
+
+static inline __m512i fp_cvtepu8(__m128i x)
+{
+    uint8_t from[16];
+    uint32_t to[16];
+    _mm_storeu_si128((__m128i *)from, x);
+    for (int i = 0; i < 16; i++)
+        to[i] = from[i];
+    return _mm512_loadu_si512(to);
+}
+#define _mm512_cvtepu8_epi32 fp_cvtepu8
 
 static inline __m256 fp_extractf32x8(__m512 x, int half)
 {
