@@ -35,6 +35,48 @@ enum { MOST = FP_WIDTH_MAX / LANES, STEP = FP_WIDTH_STEP / LANES };
         break;                                                                                     \
     }
 
+/* Rows that are whole go together, so that a vector of x serves WHOLE_ROWS of them; their sums over
+ * up to WHOLE_VECTORS of tokens fill three quarters of the registers, of which AVX2 has 16. */
+enum { WHOLE_ROWS = LANES == 8 ? 2 : 4, WHOLE_VECTORS = 6 };
+
+static inline int are_whole(const uint64_t *mask)
+{
+    uint64_t all = UINT64_MAX;
+    FP_UNROLL
+    for (int i = 0; i < WHOLE_ROWS; i++)
+        all &= mask[i];
+    return all == UINT64_MAX;
+}
+
+INLINE void whole_body(const float *values, const float *x, float *y, size_t width,
+                       const int vectors)
+{
+    vector sum[WHOLE_ROWS][WHOLE_VECTORS];
+    FP_UNROLL
+    for (int n = 0; n < WHOLE_ROWS * vectors; n++)
+        sum[n / vectors][n % vectors] = zero();
+    for (size_t j = 0; j < FP_TILE; j++, x += width) {
+        vector w[WHOLE_ROWS];
+        FP_UNROLL
+        for (int i = 0; i < WHOLE_ROWS; i++)
+            w[i] = splat(values[FP_TILE * i + (int)j]);
+        FP_UNROLL
+        for (int v = 0; v < vectors; v++) {
+            vector from = load(x + LANES * v);
+            FP_IN_REGISTER(from);
+            FP_UNROLL
+            for (int i = 0; i < WHOLE_ROWS; i++)
+                sum[i][v] = muladd(w[i], from, sum[i][v]);
+        }
+    }
+    FP_UNROLL
+    for (int i = 0; i < WHOLE_ROWS; i++, y += width) {
+        FP_UNROLL
+        for (int v = 0; v < vectors; v++)
+            store(y + LANES * v, add(load(y + LANES * v), sum[i][v]));
+    }
+}
+
 INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values, const float *x,
                          float *y, const int vectors)
 {
@@ -42,6 +84,16 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
     for (size_t i = 0; i < rows; i++, y += width) {
         if (!mask[i])
             continue;
+        if (rows - i >= WHOLE_ROWS && are_whole(mask + i)) {
+            FP_UNROLL
+            for (int v = 0; v < vectors; v += WHOLE_VECTORS)
+                whole_body(values, x + LANES * v, y + LANES * v, width,
+                           vectors - v < WHOLE_VECTORS ? vectors - v : WHOLE_VECTORS);
+            values += WHOLE_ROWS * FP_TILE;
+            i += WHOLE_ROWS - 1;
+            y += (WHOLE_ROWS - 1) * width;
+            continue;
+        }
         vector sum[MOST];
         FP_UNROLL
         for (int v = 0; v < vectors; v++)

@@ -23,6 +23,13 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+/* For a vector that several instructions read: else compilers have each of them load it. */
+#if defined(__x86_64__)
+#define FP_IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define FP_IN_REGISTER(v) (void)(v)
+#endif
+
 /* What cpu.c checks before it chooses the variant, and nothing more. */
 #define FP_AVX2_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt"
 #define FP_AVX512_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq"

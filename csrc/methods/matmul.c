@@ -200,7 +200,7 @@ static void run_vector(vector_call *c, int threads, void *work)
 
 /* What is unpacked at a time, in tiles: it stays in the second cache, and is large enough for BLAS.
  */
-enum { DENSE_DOWN = 4, DENSE_ACROSS = 8, DENSE_STRIDE = DENSE_ACROSS * FP_TILE };
+enum { DENSE_DOWN = 8, DENSE_ACROSS = 6, DENSE_STRIDE = DENSE_ACROSS * FP_TILE };
 
 typedef struct dense_call {
     const fp_kernels *kernels;
@@ -225,13 +225,20 @@ static void unpack_tile(const dense_call *c, size_t row, size_t col, float *buff
     }
 }
 
+/* Rows of tiles go in blocks that are alike, however many threads there are. */
+static size_t dense_items(const fp_packed *p)
+{
+    return (fp_tiles_in(p->rows) + DENSE_DOWN - 1) / DENSE_DOWN;
+}
+
 static void dense_task(void *context, size_t item, int worker)
 {
     dense_call *c = context;
     const fp_packed *p = c->p;
     struct dense_buffer *b = &c->buffers[worker];
-    size_t across = fp_tiles_in(p->cols), top = item * DENSE_DOWN;
-    size_t down = fp_tiles_in(p->rows) - top < DENSE_DOWN ? fp_tiles_in(p->rows) - top : DENSE_DOWN;
+    size_t across = fp_tiles_in(p->cols), items = dense_items(p);
+    size_t top = item * fp_tiles_in(p->rows) / items;
+    size_t down = (item + 1) * fp_tiles_in(p->rows) / items - top;
     size_t begin = top * FP_TILE,
            rows = p->rows - begin < down * FP_TILE ? p->rows - begin : down * FP_TILE;
     float *y = c->y + begin, zero = 0, one = 1;
@@ -283,8 +290,8 @@ fp_matmul_method fp_matmul_choice(const fp_packed *p, size_t tokens)
     if (tokens <= MOST_VECTOR_TOKENS && vector < SPARSE_COST + SPARSE_COST_KEPT * density)
         return FP_MATMUL_VECTOR;
     int fits = p->rows <= INT32_MAX && p->cols <= INT32_MAX && tokens <= INT32_MAX;
-    return fits && tokens >= LEAST_DENSE_TOKENS && density > LEAST_DENSE_DENSITY ? FP_MATMUL_DENSE
-                                                                                 : FP_MATMUL_SPARSE;
+    int nearly = density > LEAST_DENSE_DENSITY && density < 1; /* kernels know whole rows */
+    return fits && tokens >= LEAST_DENSE_TOKENS && nearly ? FP_MATMUL_DENSE : FP_MATMUL_SPARSE;
 }
 
 size_t fp_matmul_work(const fp_packed *p, size_t tokens, int threads)
@@ -335,8 +342,7 @@ fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const
             return FP_ERR_OVERFLOW;
         dense_call c = {.kernels = kernels, .p = p, .bias = bias, .x = x, .y = y, .tokens = tokens};
         dense_plan(&c, threads, work);
-        fp_parallel_for((fp_tiles_in(p->rows) + DENSE_DOWN - 1) / DENSE_DOWN, threads, dense_task,
-                        &c);
+        fp_parallel_for(dense_items(p), threads, dense_task, &c);
     } else {
         for (size_t begin = 0; begin < tokens; begin += CHUNK) {
             vector_call c = {.kernels = kernels,

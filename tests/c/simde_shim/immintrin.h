@@ -13,6 +13,9 @@
 #include "kernels.h"
 #include "target.h"
 
+#undef FP_IN_REGISTER
+#define FP_IN_REGISTER(v) (void)(v)
+
 #undef FP_AVX2_FEATURES
 #undef FP_AVX512_FEATURES
 #undef FP_AVX512ICL_FEATURES
