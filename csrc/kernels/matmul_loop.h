@@ -84,7 +84,7 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
     for (size_t i = 0; i < rows; i++, y += width) {
         if (!mask[i])
             continue;
-        if (rows - i >= WHOLE_ROWS && are_whole(mask + i)) {
+        if (mask[i] == UINT64_MAX && rows - i >= WHOLE_ROWS && are_whole(mask + i)) {
             FP_UNROLL
             for (int v = 0; v < vectors; v += WHOLE_VECTORS)
                 whole_body(values, x + LANES * v, y + LANES * v, width,

@@ -277,7 +277,7 @@ static size_t dense_plan(dense_call *c, int threads, char *base)
 static const double VECTOR_COST[FP_VECTOR_TOKENS + 1] = {0, 0.103, 0.117, 0.136, 0.159};
 static const double SPARSE_COST = 0.12, SPARSE_COST_KEPT = 0.91;
 enum { MOST_VECTOR_TOKENS = 24, LEAST_DENSE_TOKENS = 96 };
-static const double LEAST_DENSE_DENSITY = 0.92;
+static const double LEAST_DENSE_DENSITY = 0.88;
 
 fp_matmul_method fp_matmul_choice(const fp_packed *p, size_t tokens)
 {
