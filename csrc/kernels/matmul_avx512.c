@@ -18,6 +18,8 @@ static inline __m512 spread(__m512 v, const uint8_t *mask, int part)
 }
 
 #include "matmul_avx512.h"
+#include "matmul_loop.h"
+#include "matmul_vector.h"
 
 FP_DEFINE_MATMUL(avx512);
 

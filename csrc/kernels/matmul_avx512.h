@@ -4,7 +4,7 @@
  *     spread(v, mask, part): the first numbers of v in the places of the bits set in the part-th
  *         sixteen of mask, 0 elsewhere (part is a constant);
  *
- * and includes this file. */
+ * includes this file, and then the loops as matmul_avx2.c does. */
 enum { LANES = 16 };
 typedef __m512 vector;
 
@@ -62,6 +62,21 @@ static inline size_t mask_bits(const uint8_t *mask, int part)
     return bits;
 }
 
+static inline vector widen_f16(__m256i values)
+{
+    return _mm512_cvtph_ps(values);
+}
+
+static inline vector widen_bf16(__m256i values)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
+static inline vector widen_i8(__m128i values)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values));
+}
+
 static inline vector expand_f32(const float *values, const uint8_t *mask, int part)
 {
     return spread(_mm512_loadu_ps(values), mask, part);
@@ -69,21 +84,15 @@ static inline vector expand_f32(const float *values, const uint8_t *mask, int pa
 
 static inline vector expand_f16(const uint16_t *values, const uint8_t *mask, int part)
 {
-    return spread(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)values)), mask, part);
+    return spread(widen_f16(_mm256_loadu_si256((const __m256i *)values)), mask, part);
 }
 
 static inline vector expand_bf16(const uint16_t *values, const uint8_t *mask, int part)
 {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values));
-    return spread(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), mask, part);
+    return spread(widen_bf16(_mm256_loadu_si256((const __m256i *)values)), mask, part);
 }
 
 static inline vector expand_i8(const int8_t *values, const uint8_t *mask, int part)
 {
-    vector wide =
-        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)values)));
-    return spread(wide, mask, part);
+    return spread(widen_i8(_mm_loadu_si128((const __m128i *)values)), mask, part);
 }
-
-#include "matmul_loop.h"
-#include "matmul_vector.h"

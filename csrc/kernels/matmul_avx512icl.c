@@ -28,6 +28,9 @@ static inline __m512 spread(__m512 v, const uint8_t *mask, int part)
     return _mm512_maskz_permutexvar_ps(kept, index, v);
 }
 
+#include "matmul_avx512.h"
+#include "matmul_loop.h"
+
 /* ---- of which little is kept: x comes to the values -------------------------------------- */
 
 enum { HALF = FP_TILE / 2, MOST_GATHERED = 2 }; /* fifths; of more, many halves take two turns */
@@ -48,18 +51,17 @@ static inline __m512 first_f32(const float *values, __mmask16 n)
 
 static inline __m512 first_f16(const uint16_t *values, __mmask16 n)
 {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(n, values));
+    return widen_f16(_mm256_maskz_loadu_epi16(n, values));
 }
 
 static inline __m512 first_bf16(const uint16_t *values, __mmask16 n)
 {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(n, values));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    return widen_bf16(_mm256_maskz_loadu_epi16(n, values));
 }
 
 static inline __m512 first_i8(const int8_t *values, __mmask16 n)
 {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(n, values)));
+    return widen_i8(_mm_maskz_loadu_epi8(n, values));
 }
 
 /* The numbers of the bits that are set; others after them. On Zen 4 the instruction waits for what
@@ -130,7 +132,7 @@ DEFINE_GATHERED(int8_t, i8)
     gathers(mask, rows) ? gathered_##suffix(mask, rows, values, x, stride, sums, tokens)           \
                         : expanded_##suffix(mask, rows, values, x, stride, sums, tokens, chains)
 
-#include "matmul_avx512.h"
+#include "matmul_vector.h"
 
 FP_DEFINE_MATMUL(avx512icl);
 

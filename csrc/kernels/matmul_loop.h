@@ -39,11 +39,14 @@ enum { MOST = FP_WIDTH_MAX / LANES, STEP = FP_WIDTH_STEP / LANES };
  * up to WHOLE_VECTORS of tokens fill three quarters of the registers, of which AVX2 has 16. */
 enum { WHOLE_ROWS = LANES == 8 ? 2 : 4, WHOLE_VECTORS = 6 };
 
-static inline int are_whole(const uint64_t *mask)
+/* Whether the next WHOLE_ROWS of so many rows are; most often the first one says no. */
+static inline int are_whole(const uint64_t *mask, size_t rows)
 {
+    if (mask[0] != UINT64_MAX || rows < WHOLE_ROWS)
+        return 0;
     uint64_t all = UINT64_MAX;
     FP_UNROLL
-    for (int i = 0; i < WHOLE_ROWS; i++)
+    for (int i = 1; i < WHOLE_ROWS; i++)
         all &= mask[i];
     return all == UINT64_MAX;
 }
@@ -84,7 +87,7 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
     for (size_t i = 0; i < rows; i++, y += width) {
         if (!mask[i])
             continue;
-        if (mask[i] == UINT64_MAX && rows - i >= WHOLE_ROWS && are_whole(mask + i)) {
+        if (are_whole(mask + i, rows - i)) {
             FP_UNROLL
             for (int v = 0; v < vectors; v += WHOLE_VECTORS)
                 whole_body(values, x + LANES * v, y + LANES * v, width,

@@ -94,16 +94,20 @@ static inline __m512 fp_cvtepi8_ps(__m128i x)
 #define _mm512_cvtepi8_epi32(x) (x)
 #define _mm512_cvtepi32_ps fp_cvtepi8_ps
 
-static inline __m512i fp_cvtepu16(__m256i x)
-{
-    uint16_t from[16];
-    uint32_t to[16];
-    _mm256_storeu_si256((__m256i *)from, x);
-    for (int i = 0; i < 16; i++)
-        to[i] = from[i];
-    return _mm512_loadu_si512(to);
-}
+#define FP_SHIM_WIDEN(name, vector, type)                                                          \
+    static inline __m512i name(vector x)                                                           \
+    {                                                                                              \
+        type from[16];                                                                             \
+        uint32_t to[16];                                                                           \
+        memcpy(from, &x, sizeof from);                                                             \
+        for (int i = 0; i < 16; i++)                                                               \
+            to[i] = from[i];                                                                       \
+        return _mm512_loadu_si512(to);                                                             \
+    }
+FP_SHIM_WIDEN(fp_cvtepu16, __m256i, uint16_t)
+FP_SHIM_WIDEN(fp_cvtepu8, __m128i, uint8_t)
 #define _mm512_cvtepu16_epi32 fp_cvtepu16
+#define _mm512_cvtepu8_epi32 fp_cvtepu8
 
 #define FP_SHIM_MASKED_LOAD(name, vector, type, lanes)                                             \
     static inline vector name(uint32_t m, const void *x)                                           \
@@ -133,17 +137,6 @@ static inline __m256i fp_compress(__m256i rest, uint32_t m, __m256i x)
     return _mm256_loadu_si256((const __m256i *)to);
 }
 #define _mm256_mask_compress_epi8 fp_compress
-
-static inline __m512i fp_cvtepu8(__m128i x)
-{
-    uint8_t from[16];
-    uint32_t to[16];
-    _mm_storeu_si128((__m128i *)from, x);
-    for (int i = 0; i < 16; i++)
-        to[i] = from[i];
-    return _mm512_loadu_si512(to);
-}
-#define _mm512_cvtepu8_epi32 fp_cvtepu8
 
 static inline __m256 fp_extractf32x8(__m512 x, int half)
 {
