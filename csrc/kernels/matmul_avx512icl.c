@@ -105,6 +105,7 @@ INLINE void add_gathered(__m512 w, __m128i columns, uint32_t kept, int half, __m
             FP_UNROLL                                                                              \
             for (int half = 0; half < 2; half++) {                                                 \
                 uint32_t bits = (uint32_t)(mask[i] >> HALF * half);                                \
+                fp_ask_ahead(values);                                                              \
                 uint32_t kept = (uint32_t)_mm_popcnt_u32(bits);                                    \
                 __m256i columns = columns_of(bits);                                                \
                 __m512 w = first_##suffix(values, (__mmask16)_bzhi_u32(0xffff, kept));             \

@@ -103,6 +103,7 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
             sum[v] = zero();
         for (uint64_t m = mask[i]; m; m &= m - 1) {
             const float *from = x + width * lowest_bit(m);
+            FP_ADDRESS(from);
             vector w = splat(*values++);
             FP_UNROLL
             for (int v = 0; v < vectors; v++)
@@ -155,6 +156,7 @@ INLINE void backward_body(const uint64_t *mask, size_t rows, const float *values
         for (uint64_t m = columns[j]; m; m &= m - 1) {
             size_t i = lowest_bit(m);
             const float *from = dy + width * i;
+            FP_ADDRESS(from);
             vector w = splat(values[next[i]++]);
             FP_UNROLL
             for (int v = 0; v < vectors; v++)
@@ -179,6 +181,7 @@ INLINE void gradient_of_four(uint64_t *m, const vector *d, const float *x, float
     FP_UNROLL
     for (int c = 0; c < 4; c++) {
         from[c] = *m ? x + width * lowest_bit(*m) : first;
+        FP_ADDRESS(from[c]);
         *m &= *m - 1; /* 0 stays 0 */
     }
     vector sum[4] = {zero(), zero(), zero(), zero()};

@@ -26,6 +26,8 @@
             FP_UNROLL                                                                              \
             for (int v = 0; v < FP_TILE / LANES; v++) {                                            \
                 size_t bits = mask_bits(bytes, v);                                                 \
+                if (v % (FP_TILE / LANES / 2) == 0)                                                \
+                    fp_ask_ahead(values);                                                          \
                 vector w = expand_##suffix(values, bytes, v);                                      \
                 values += __builtin_popcountll(bits);                                              \
                 FP_UNROLL                                                                          \

@@ -30,6 +30,14 @@
 #define FP_IN_REGISTER(v) (void)(v)
 #endif
 
+/* For an address that several instructions read at: else compilers give each of them base and
+ * index, which Intel's processors then issue as two, a load and what is done with it. */
+#if defined(__x86_64__)
+#define FP_ADDRESS(p) __asm__("" : "+r"(p))
+#else
+#define FP_ADDRESS(p) (void)(p)
+#endif
+
 /* What cpu.c checks before it chooses the variant, and nothing more. */
 #define FP_AVX2_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt"
 #define FP_AVX512_FEATURES "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq"

@@ -175,7 +175,6 @@ class Classification(Protocol):
             lr=settings.recovery_lr,
             paper_steps=settings.paper_recovery,
             paper_lr=settings.paper_recovery_lr,
-            fold=False,  # came out better in a first trial on three sets
             facts={"model": model, **self.facts()},
             folder=os.path.join(self.folder, "models"),
         )

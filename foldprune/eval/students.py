@@ -43,7 +43,7 @@ class Students:
     the models depend on besides method and rate, plain JSON; ``folder``: where they are kept
     (None: only the last one is, in memory). They are recovered for ``steps`` (0: not at all) at
     ``lr``, what the recipe paper made (or others, in its place) for ``paper_steps`` at
-    ``paper_lr``, if given. ``fold``: whether foldprune folds at a rate, or prunes alone.
+    ``paper_lr``, if given.
     """
 
     def __init__(
@@ -56,7 +56,6 @@ class Students:
         lr: float,
         paper_steps: int | None = None,
         paper_lr: float | None = None,
-        fold: bool = True,
         facts: Mapping[str, Any],
         folder: str | None,
     ) -> None:
@@ -64,7 +63,7 @@ class Students:
         self.batches, self.recovery = calibration, recovery
         self.course = steps, lr
         self.paper_course = paper_steps or steps, paper_lr or lr
-        self.fold, self.facts, self.folder = fold, dict(facts), folder
+        self.facts, self.folder = dict(facts), folder
         self._last: tuple[str, Compressed] | None = None
 
     def module(
@@ -101,13 +100,15 @@ class Students:
 
     def _compressed(self, method: str, rate: Rate, progress: Progress) -> Compressed:
         if method == FOLDPRUNE:
-            how: dict[str, Any] = {"rate": rate}
-            if rate == PAPER:
-                how = {"recipe": PAPER_RECIPE}
-            elif not self.fold:
-                how = {"recipe": Recipe(fpp=self._share(rate), fpp_on=GROUPS)}
+            recipe = PAPER_RECIPE
+            if rate != PAPER:  # no folds, which came out better for both models
+                recipe = Recipe(fpp=self._share(rate), fpp_on=GROUPS)
             return runtime.compress(
-                self.dense, self.batches, **how, calibration=self.calibration, progress=progress
+                self.dense,
+                self.batches,
+                recipe=recipe,
+                calibration=self.calibration,
+                progress=progress,
             )
         pruned = copy.deepcopy(self.dense)
         rates = baselines.group_rates(pruned, self._rates(rate))
