@@ -92,3 +92,43 @@ def test_without_the_schema_the_error_says_how_to_pass_one(model):
 def test_register_takes_schemas_only():
     with pytest.raises(TypeError):
         schemas.register({"name": "bloom"})
+
+
+def test_interleaved_parts_of_a_state_dict():
+    """Other names, without a model: what a user registers is used."""
+    heads, head_dim, d = 3, 8, 24
+    rng = np.random.default_rng(5)
+    fused = (rng.standard_normal((3 * d, d)) / np.sqrt(d)).astype(np.float32)
+    bias = rng.standard_normal(3 * d).astype(np.float32)
+    state = {
+        "tower.0.mix.weight": fused,
+        "tower.0.mix.bias": bias,
+        "tower.0.out.weight": (rng.standard_normal((d, d)) / np.sqrt(d)).astype(np.float32),
+        "tower.0.out.bias": rng.standard_normal(d).astype(np.float32),
+    }
+    slots = [Slot("mix", part=i, parts=3, interleaved=True) for i in range(3)]
+    schemas.register(
+        Schema(
+            name="tower",
+            model_types=("tower",),
+            block=r"tower\.(\d+)\.",
+            attention=Attention(*slots, Slot("out"), scaled=False),
+            feed_forward=None,
+        )
+    )
+
+    def outputs(tensors: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+        w = tensors["tower.0.mix.weight"].astype(np.float64).reshape(heads, 3, head_dim, d)
+        b = tensors["tower.0.mix.bias"].astype(np.float64).reshape(heads, 3, head_dim)
+        q, k, v = (x @ w[:, i].transpose(0, 2, 1) + b[:, i, None] for i in range(3))
+        a = np.exp(q @ k.transpose(0, 2, 1))
+        mixed = (a / a.sum(-1, keepdims=True) @ v).transpose(1, 0, 2).reshape(len(x), -1)
+        out = tensors["tower.0.out.weight"].astype(np.float64)
+        return mixed @ out.T + tensors["tower.0.out.bias"].astype(np.float64)
+
+    x = rng.standard_normal((9, d)) / 4
+    for recipe in (Recipe.lossless(), Recipe(irc="lossless"), Recipe(dwc="lossless")):
+        compressed = foldprune.compress(state, recipe=recipe, num_heads=heads)
+        assert compressed.report.schema == "tower" and compressed.report.removed > 0.05
+        assert np.abs(outputs(dict(compressed), x) - outputs(state, x)).max() <= 1e-5
+        assert foldprune.verify(state, compressed).lossless

@@ -64,7 +64,7 @@ void fp_transpose_f64_scalar(const double *x, size_t x_stride, size_t rows, size
 /* Pieces that variants share. */
 
 /* `vector` reads values once, one after the other. What comes some tiles later is asked for, into
- * the second cache: hardware prefetchers stop where a page ends. On Sapphire Rapids one core reads
+ * the second cache: hardware prefetchers stop where a page ends. On Emerald Rapids one core reads
  * them twice as fast with it. */
 static inline void fp_ask_ahead(const void *values)
 {

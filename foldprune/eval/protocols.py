@@ -210,7 +210,7 @@ class Language(Protocol):
         calibration=32,
         recovery=0,  # next tokens teach more in the same time
         recovery_lr=1e-4,
-        steps=40,
+        steps=64,
         lr=3e-4,
         test=4096,
     )
