@@ -24,7 +24,9 @@ def upper_half(x: np.ndarray, threads: int = 1) -> np.ndarray:
     """The mask of what stays where half of the numbers goes."""
     scored = (x, 1.0, None)
     score, ties = _core.select([scored], x.size // 2, threads=threads)
-    return _core.mask_threshold(scored, score, ties, threads=threads)[0]
+    mask, used = _core.mask_threshold(scored, score, ties, threads=threads)
+    assert used == ties
+    return mask
 
 
 def run(code: str, isa: str | None) -> subprocess.CompletedProcess[str]:

@@ -94,6 +94,7 @@ def test_register_takes_schemas_only():
         schemas.register({"name": "bloom"})
 
 
+@pytest.mark.usefixtures("no_warnings")
 def test_interleaved_parts_of_a_state_dict():
     """Other names, without a model: what a user registers is used."""
     heads, head_dim, d = 3, 8, 24

@@ -23,18 +23,14 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-/* For a vector that several instructions read: else compilers have each of them load it. */
+/* FP_IN_REGISTER: for a vector that several instructions read, which compilers else have each of
+ * them load. FP_ADDRESS: for an address that several instructions read at, for which they else give
+ * each of them base and index, which Intel's processors then issue as two. */
 #if defined(__x86_64__)
 #define FP_IN_REGISTER(v) __asm__("" : "+v"(v))
-#else
-#define FP_IN_REGISTER(v) (void)(v)
-#endif
-
-/* For an address that several instructions read at: else compilers give each of them base and
- * index, which Intel's processors then issue as two, a load and what is done with it. */
-#if defined(__x86_64__)
 #define FP_ADDRESS(p) __asm__("" : "+r"(p))
 #else
+#define FP_IN_REGISTER(v) (void)(v)
 #define FP_ADDRESS(p) (void)(p)
 #endif
 
