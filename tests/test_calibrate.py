@@ -7,40 +7,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from calibrating import (
+    Net,
+    X,
+    batches_for,
+    close,
+    everything,
+    linear_layers,
+    next_token_loss,
+    quiet,
+)
 
-from foldprune import Calibration, ModelError, TensorError
+from foldprune import ModelError, TensorError
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
 
 from foldprune.torch import calibrate  # noqa: E402
 
 FAMILIES = ["bert", "roberta", "gpt2", "llama-gqa", "qwen3"]
-
-
-def batches_for(vocabulary: int = 89, count: int = 3) -> list[dict[str, Any]]:
-    """Batches of four sequences, padded on the right, of several lengths."""
-    generator = torch.Generator().manual_seed(3)
-    batches = []
-    for i in range(count):
-        length = 9 + 3 * i
-        ids = torch.randint(3, vocabulary, (4, length), generator=generator)
-        lengths = torch.tensor([length, length - 2, 5, length])
-        mask = (torch.arange(length) < lengths[:, None]).long()
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
-
-
-def quiet(model: Any, batches: Any, **options: Any) -> Calibration:
-    return calibrate(model, batches, progress=False, **options)
-
-
-def linear_layers(model: Any) -> dict[str, Any]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-    }
 
 
 def inputs_by_hand(model: Any, batches: list[Any]) -> dict[str, list[tuple[Any, Any]]]:
@@ -60,30 +44,6 @@ def inputs_by_hand(model: Any, batches: list[Any]) -> dict[str, list[tuple[Any, 
         for handle in handles:
             handle.remove()
     return met
-
-
-def close(have: np.ndarray, want: np.ndarray, tolerance: float = 1e-12) -> bool:
-    return have.shape == want.shape and bool(
-        np.abs(have - want).max() <= tolerance * np.abs(want).max()
-    )
-
-
-def everything(calibration: Calibration) -> dict[str, Any]:
-    """All that can be read, bit by bit."""
-    read: dict[str, Any] = {}
-    for name in calibration.names:
-        moments = calibration.moments(name)
-        read[name] = [
-            None if array is None else array.tobytes()
-            for array in (
-                moments and moments.second,
-                moments and moments.held,
-                moments and moments.mean,
-                calibration.row_use(name),
-                calibration.gradient(name),
-            )
-        ]
-    return read
 
 
 # ---- inputs -------------------------------------------------------------------------------------
@@ -209,22 +169,6 @@ def test_models_of_other_dtypes(make_model, dtype):
         assert (calibration.gradient(name) > 0).any()
 
 
-class Net(torch.nn.Module):
-    """Layers a, b, c of width 4 on x, by a rule."""
-
-    def __init__(self, rule: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.c = (torch.nn.Linear(4, 4) for _ in range(3))
-        self.rule = rule
-
-    def forward(self, x: Any) -> Any:
-        return self.rule(self, x)
-
-
-X = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
-
-
 def test_memory_that_is_used_again_is_another_tensor():
     def rule(net: Net, x: Any) -> Any:
         for _ in range(20):  # the allocator hands the same memory out again
@@ -335,147 +279,6 @@ def test_encoders_and_decoders_have_masks_of_their_own():
         assert "model.decoder.embed_positions" not in count
         assert calibration.row_use("model.decoder.embed_positions") is None  # its ids are offset
         assert calibration.gradient("model.encoder.layers.0.fc1").any()
-
-
-# ---- gradients ----------------------------------------------------------------------------------
-
-
-def squares_by_hand(model: Any, batches: list[Any], loss: Any, count: int) -> dict[str, Any]:
-    """Mean squares over tokens of the gradients at the layers' outputs, sequence by sequence."""
-    sums: dict[str, Any] = {}
-    tokens = 0
-    for batch in batches:
-        for i in range(len(batch["input_ids"])):
-            if not count:
-                break
-            count -= 1
-            one = {name: value[i : i + 1] for name, value in batch.items()}
-            outputs: dict[str, Any] = {}
-            handles = [
-                module.register_forward_hook(
-                    lambda m, args, out, name=name, to=outputs: to.__setitem__(name, out)
-                )
-                for name, module in linear_layers(model).items()
-            ]
-            value = loss(model, one)
-            for handle in handles:
-                handle.remove()
-            gradients = torch.autograd.grad(value, list(outputs.values()))
-            mask = one["attention_mask"].bool()
-            for name, gradient in zip(outputs, gradients, strict=True):
-                sums[name] = sums.get(name, 0) + (gradient[mask].double() ** 2).sum(0).numpy()
-            tokens += int(mask.sum())
-    return {name: square / tokens for name, square in sums.items()}
-
-
-def next_token_loss(model: Any, batch: Any) -> Any:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    n = int(batch["attention_mask"].sum())  # padding is on the right
-    return -sum(
-        torch.log_softmax(logits[0, t], 0)[batch["input_ids"][0, t + 1]] for t in range(n - 1)
-    )
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama-gqa"])
-@pytest.mark.parametrize("labels", [False, True])
-def test_gradients_of_the_next_token_loss(make_model, family, labels):
-    model, batches = make_model(family), batches_for()
-    want = squares_by_hand(model, batches, next_token_loss, 6)
-    if labels:
-        for batch in batches:
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    calibration = quiet(model, batches, gradients=6)
-    assert set(want) == set(linear_layers(model))
-    for name, squares in want.items():
-        assert close(calibration.gradient(name), squares, 1e-4), name
-
-
-def test_left_padding_is_ignored_too(make_model):
-    model = make_model("llama-gqa")
-    ids = torch.randint(3, 89, (1, 8), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(8)[None]
-    whole = {"input_ids": ids, "attention_mask": torch.ones(1, 8, dtype=int)}
-    padded = {
-        "input_ids": torch.cat([torch.full((1, 3), 7), ids], 1),
-        "attention_mask": (torch.arange(11) >= 3).long()[None],
-        "position_ids": torch.cat([torch.zeros(1, 3, dtype=int), positions], 1),
-    }
-    have, want = quiet(model, [padded]), quiet(model, [whole])
-    for name in linear_layers(model):
-        assert close(have.gradient(name), want.gradient(name), 1e-4), name
-        assert close(have.moments(name).second, want.moments(name).second, 1e-5), name
-
-
-def test_gradients_of_labels_and_of_a_loss_of_ones_own(make_model):
-    model, batches = make_model("bert"), batches_for()
-
-    def summed(model: Any, batch: Any) -> Any:
-        logits = model(batch["input_ids"], batch["attention_mask"]).logits[0]
-        chosen = batch["attention_mask"][0].bool()
-        picked = torch.log_softmax(logits, -1).gather(1, batch["input_ids"][0][:, None])[:, 0]
-        return -picked[chosen].sum()
-
-    want = squares_by_hand(model, batches, summed, 5)
-    labelled = [
-        {**b, "labels": b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)} for b in batches
-    ]
-    for calibration in (
-        quiet(model, labelled, gradients=5),
-        quiet(model, batches, gradients=5, loss=summed),
-    ):
-        for name, squares in want.items():
-            assert close(calibration.gradient(name), squares, 1e-4), name
-
-
-def test_sequences_without_labels_do_not_count(make_model):
-    model, batch = make_model("bert"), batches_for(count=1)[0]
-    batch["labels"] = batch["input_ids"].clone()
-    batch["labels"][1:] = -100
-    one = {name: value[:1] for name, value in batch.items()}
-    have, want = quiet(model, [batch], gradients=4), quiet(model, [one], gradients=4)
-    for name in linear_layers(model):
-        assert np.array_equal(have.gradient(name), want.gradient(name))
-
-
-def test_projections_where_there_is_no_loss():
-    # y = a(x): the gradient at y is a random sign over the norm of y, whatever the sign
-    net = Net(lambda net, x: net.a(x))
-    calibration = quiet(net, [X], gradients=4)
-    with torch.no_grad():
-        norms = net.a(X[:4]).double().norm(dim=-1)
-    want = float((1 / norms**2).mean())
-    assert close(calibration.gradient("a"), np.full(4, want), 1e-6)
-    assert everything(quiet(net, [X], gradients=4)) == everything(calibration)  # seeded
-
-
-def test_projections_measure_the_expected_error(make_model):
-    """Over the random signs, the squares at y are those of the relative change of the output, by
-    an independent change of each of y's entries."""
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 40))
-    x = torch.randn(400, 1, 4)
-    calibration = quiet(net, [x], gradients=400)
-    y = net[0](x).detach().double()
-    jacobian = net[2].weight.detach().double() * (1 - torch.tanh(y) ** 2)  # tokens, 40, 3
-    out = net.double()(x.double()).detach()
-    want = ((jacobian**2).sum(1) / (out**2).sum(-1)).mean(0).numpy()
-    assert close(calibration.gradient("0"), want, 0.15)
-
-
-def test_gradients_reach_layers_past_in_place_operations():
-    def rule(net: Net, x: Any) -> Any:
-        y = net.a(x)
-        y.mul_(2)
-        return net.b(y).relu_()
-
-    net = Net(rule)
-    calibration = quiet(net, [X], gradients=6, loss=lambda model, x: model(x).sum())
-    with torch.no_grad():
-        y = net.b(2 * net.a(X))
-        at_b = (y > 0).double()
-        at_a = 2 * at_b @ net.b.weight.double()
-    for name, g in (("a", at_a), ("b", at_b)):
-        assert close(calibration.gradient(name), (g**2).mean((0, 1)).numpy(), 1e-6)
 
 
 # ---- what it leaves behind, what it refuses -----------------------------------------------------
