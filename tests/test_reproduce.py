@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,8 @@ BUDGET = Budget(
     calibration=64,
     recovery=2,
     recovery_lr=1e-3,
-    paper_recovery_lr=1e-3,
     steps=3,
     lr=1e-3,
-    paper_lr=1e-3,
     test=20,
 )
 
@@ -271,7 +270,8 @@ def test_a_log_of_something_else(tmp_path):
 
 def test_command(classified, capsys, encoder_folder, labelled, monkeypatch):
     out, table, _ = classified
-    monkeypatch.setattr(protocols.Classification, "budget", BUDGET)
+    monkeypatch.setattr(protocols.Classification, "standard", BUDGET)
+    monkeypatch.setattr(protocols.Classification, "standard_paper", BUDGET)
     argv = ["reproduce", "--table", "classification", "--out", str(out), "--threads", "1"]
     argv += [
         "--models",
@@ -345,28 +345,33 @@ def test_the_new_head_learns_at_a_rate_of_its_own(make_model):
             assert rates[id(parameter)] == (HEAD_LR if of_head else 1e-4)
 
 
-@pytest.mark.parametrize(("rate", "course"), [(0.3, (1, 1e-3)), ("paper", (2, 2e-3))])
-def test_the_recipe_paper_has_a_recovery_of_its_own(make_model, monkeypatch, rate, course):
-    seen: list[tuple[int, float]] = []
+def test_the_recipe_paper_has_a_budget_of_its_own(encoder_folder, labelled, monkeypatch, tmp_path):
+    recoveries: list[tuple[int, float]] = []
+    recover = foldprune.torch.recover
 
-    def recover(*_: Any, steps: int, lr: float, **__: Any) -> foldprune.torch.Recovery:
-        seen.append((steps, lr))
-        return foldprune.torch.Recovery()
+    def noted(*args: Any, steps: int, lr: float, **options: Any) -> foldprune.torch.Recovery:
+        recoveries.append((steps, lr))
+        return recover(*args, steps=steps, lr=lr, **options)
 
-    monkeypatch.setattr(foldprune.torch, "recover", recover)
-    made = students.Students(
-        make_model("bert"),
-        [],
-        [],
-        steps=1,
-        lr=1e-3,
-        paper_steps=2,
-        paper_lr=2e-3,
-        facts={},
-        folder=None,
+    monkeypatch.setattr(foldprune.torch, "recover", noted)
+    paper = replace(BUDGET, batch=4, recovery=5, recovery_lr=2e-3, steps=6)
+    monkeypatch.setattr(protocols.Classification, "standard", BUDGET)
+    monkeypatch.setattr(protocols.Classification, "standard_paper", paper)
+    options = {"models": [encoder_folder], "sets": labelled[:1], "rates": [0.4, "paper"]}
+    table = reproduce(
+        "classification",
+        out=tmp_path,
+        methods=["dense", "magnitude"],
+        seeds=[0],
+        progress=False,
+        threads=1,
+        **options,
     )
-    made.compressed("magnitude", rate, quiet)
-    assert seen == [course]
+    assert recoveries == [(BUDGET.recovery, BUDGET.recovery_lr), (5, 2e-3)]
+    assert [run.result["steps"] for run in table.runs] == [BUDGET.steps, BUDGET.steps, 6]
+    lines = (tmp_path / "classification.jsonl").read_text().splitlines()
+    budgets = [json.loads(line)["config"]["budget"] for line in lines]
+    assert budgets == [asdict(BUDGET), asdict(BUDGET), asdict(paper)]
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])

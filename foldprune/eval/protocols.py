@@ -33,13 +33,12 @@ __all__ = ["Budget", "Classification", "Language", "Protocol"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run may spend. Sequences of at most ``length`` tokens, ``batch`` of them a step.
+    """What every run at a rate may spend, whatever its method. Sequences of at most ``length``
+    tokens, ``batch`` of them a step.
 
     ``calibration``: sequences to calibrate on; ``recovery``: steps towards the dense model's
     outputs; ``steps``: of training, on labels or next tokens; ``test``: rows of a test split, or
-    tokens of a text. Steps and learning rates are the same for all methods; ``paper_...`` are those
-    for what the recipe paper, or others in its place, made, if they differ: little is left there to
-    spoil, and much to be learnt.
+    tokens of a text.
     """
 
     length: int
@@ -50,21 +49,19 @@ class Budget:
     steps: int
     lr: float
     test: int
-    paper_recovery: int | None = None
-    paper_recovery_lr: float | None = None
-    paper_lr: float | None = None
 
     @property
-    def longest_recovery(self) -> int:
-        return max(self.recovery, self.paper_recovery or 0)
-
-    def training_lr(self, rate: Rate) -> float:
-        return (self.paper_lr if rate == PAPER else None) or self.lr
+    def texts(self) -> int:
+        """Sequences to calibrate on and to recover with."""
+        return self.calibration + self.recovery * self.batch
 
 
 class Protocol(ABC):
-    """How a table's runs are made. ``corpus``: the sets whose training text is for calibration and
-    recovery; ``folder``: where models may be kept. What runs share is made once."""
+    """How a table's runs are made. ``budget``: at a rate, and of what is not compressed;
+    ``paper_budget``: for what the recipe paper, or others in its place, made, as little is left
+    there to spoil, and much to be learnt; ``corpus``: the sets whose training text is for
+    calibration and recovery; ``folder``: where models may be kept. What runs share is made
+    once."""
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[Metric, ...]]
@@ -74,16 +71,29 @@ class Protocol(ABC):
     labelled: ClassVar[bool]  # whether its sets are
     model: ClassVar[str]
     rates: ClassVar[tuple[Rate, ...]]
-    budget: ClassVar[Budget]
-    quick_budget: ClassVar[Budget]
+    standard: ClassVar[Budget]
+    standard_paper: ClassVar[Budget]
+    quick: ClassVar[dict[str, int]]  # what a trial has less of
 
-    def __init__(self, settings: Budget, corpus: Sequence[str], folder: str) -> None:
-        self.settings, self.corpus, self.folder = settings, tuple(corpus), folder
+    def __init__(
+        self, budget: Budget, paper_budget: Budget, corpus: Sequence[str], folder: str
+    ) -> None:
+        self.budget, self.paper_budget = budget, paper_budget
+        self.corpus, self.folder = tuple(corpus), folder
         self.dataset = cache(load)
 
-    def facts(self) -> dict[str, Any]:
+    @classmethod
+    def budgets(cls, quick: bool) -> tuple[Budget, Budget]:
+        """The table's own, of rates and of the recipe paper."""
+        less = cls.quick if quick else {}
+        return replace(cls.standard, **less), replace(cls.standard_paper, **less)
+
+    def budget_at(self, rate: Rate) -> Budget:
+        return self.paper_budget if rate == PAPER else self.budget
+
+    def facts(self, budget: Budget) -> dict[str, Any]:
         """What results depend on besides a run's own configuration."""
-        return {"budget": asdict(self.settings), "corpus": list(self.corpus)}
+        return {"budget": asdict(budget), "corpus": list(self.corpus)}
 
     @abstractmethod
     def run(
@@ -103,7 +113,7 @@ class Classification(Protocol):
     labelled = True
     model = models.MINILM
     rates = (0.2, 0.4, PAPER)
-    budget = Budget(
+    standard = Budget(
         length=64,
         batch=32,
         calibration=1024,
@@ -112,73 +122,70 @@ class Classification(Protocol):
         steps=100,
         lr=3e-4,
         test=1000,
-        paper_recovery=1000,
-        paper_recovery_lr=2e-3,
-        paper_lr=1e-3,
     )
-    quick_budget = replace(
-        budget, calibration=128, recovery=4, paper_recovery=4, steps=12, test=200
-    )
+    standard_paper = replace(standard, recovery=1000, recovery_lr=2e-3, lr=1e-3)
+    quick: ClassVar = {"calibration": 128, "recovery": 4, "steps": 12, "test": 200}
 
-    def __init__(self, settings: Budget, corpus: Sequence[str], folder: str) -> None:
-        super().__init__(settings, corpus, folder)
+    def __init__(
+        self, budget: Budget, paper_budget: Budget, corpus: Sequence[str], folder: str
+    ) -> None:
+        super().__init__(budget, paper_budget, corpus, folder)
+        self.encoder_of = cache(models.encoder)
         self.students = lru_cache(1)(self._students)  # with its calibration it is large
         self.tokens = cache(self._tokens)
 
     def run(
         self, model: str, method: str, rate: Rate, name: str, seed: int, progress: Progress
     ) -> dict[str, Any]:
-        settings, data = self.settings, self.dataset(name)
-        students, tokenizer = self.students(model)
-        encoder, removed = students.module(method, rate, progress)
+        budget, data = self.budget_at(rate), self.dataset(name)
+        _, tokenizer = self.encoder_of(model)
+        encoder, removed = self.students(model, budget).module(method, rate, progress)
         torch.manual_seed(seed)
         classifier = Classifier(encoder, len(data.classes)).train()
-        rows = data.train.sample(settings.steps * settings.batch, seed)
-        texts = Texts(tokenizer, rows.texts, settings.length)
-        groups = texts.endless(settings.batch, np.random.default_rng(seed))
+        rows = data.train.sample(budget.steps * budget.batch, seed)
+        texts = Texts(tokenizer, rows.texts, budget.length)
+        groups = texts.endless(budget.batch, np.random.default_rng(seed))
 
         def loss() -> torch.Tensor:
             group = next(groups)
             labels = torch.tensor([rows.labels[i] for i in group])
             return torch.nn.functional.cross_entropy(classifier(texts.batch(group)), labels)
 
-        lr = settings.training_lr(rate)
-        steps = train(classifier.groups(), loss, steps=settings.steps, lr=lr, progress=progress)
-        test = data.test.sample(settings.test, 0)
-        found = predict(classifier, self.tokens(model, name), settings.batch)
+        steps = train(
+            classifier.groups(), loss, steps=budget.steps, lr=budget.lr, progress=progress
+        )
+        test = data.test.sample(budget.test, 0)
+        found = predict(classifier, self.tokens(model, name, budget), budget.batch)
         scores = classification(test.labels, found, classes=len(data.classes))
         facts = {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1, "rows": scores.rows}
         return {**facts, **removed, "steps": steps}
 
-    def _tokens(self, model: str, name: str) -> Texts:
+    def _tokens(self, model: str, name: str, budget: Budget) -> Texts:
         """Of the test rows."""
-        _, tokenizer = self.students(model)
-        test = self.dataset(name).test.sample(self.settings.test, 0)
-        return Texts(tokenizer, test.texts, self.settings.length)
+        _, tokenizer = self.encoder_of(model)
+        test = self.dataset(name).test.sample(budget.test, 0)
+        return Texts(tokenizer, test.texts, budget.length)
 
-    def _students(self, model: str) -> tuple[Students, Any]:
-        settings = self.settings
-        dense, tokenizer = models.encoder(model)
-        count = settings.calibration + settings.longest_recovery * settings.batch
+    def _students(self, model: str, budget: Budget) -> Students:
+        dense, tokenizer = self.encoder_of(model)
+        # one choice of texts for all budgets
+        count = max(self.budget.texts, self.paper_budget.texts)
         unlabelled = _mixed([self.dataset(name) for name in self.corpus], count)
         rng = np.random.default_rng(0)
 
         def batches(texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-            tokens = Texts(tokenizer, texts, settings.length)
-            return [tokens.batch(group) for group in tokens.groups(settings.batch, rng)]
+            tokens = Texts(tokenizer, texts, budget.length)
+            return [tokens.batch(group) for group in tokens.groups(budget.batch, rng)]
 
-        students = Students(
+        return Students(
             dense,
-            batches(unlabelled[: settings.calibration]),
-            batches(unlabelled[settings.calibration :] or unlabelled),
-            steps=settings.recovery,
-            lr=settings.recovery_lr,
-            paper_steps=settings.paper_recovery,
-            paper_lr=settings.paper_recovery_lr,
-            facts={"model": model, **self.facts()},
+            batches(unlabelled[: budget.calibration]),
+            batches(unlabelled[budget.calibration :] or unlabelled),
+            steps=budget.recovery,
+            lr=budget.recovery_lr,
+            facts={"model": model, **self.facts(budget)},
             folder=os.path.join(self.folder, "models"),
         )
-        return students, tokenizer
 
 
 def _mixed(sets: Sequence[Dataset], count: int) -> list[str]:
@@ -204,7 +211,7 @@ class Language(Protocol):
     labelled = False
     model = models.SMOLLM2
     rates = (0.2, 0.4, 0.7, PAPER)
-    budget = Budget(
+    standard = standard_paper = Budget(
         length=512,
         batch=2,
         calibration=32,
@@ -214,10 +221,12 @@ class Language(Protocol):
         lr=3e-4,
         test=4096,
     )
-    quick_budget = replace(budget, length=128, calibration=4, steps=2, test=512)
+    quick: ClassVar = {"length": 128, "calibration": 4, "steps": 2, "test": 512}
 
-    def __init__(self, settings: Budget, corpus: Sequence[str], folder: str) -> None:
-        super().__init__(settings, corpus, folder)
+    def __init__(
+        self, budget: Budget, paper_budget: Budget, corpus: Sequence[str], folder: str
+    ) -> None:
+        super().__init__(budget, paper_budget, corpus, folder)
         self.model_of = cache(models.language_model)
         self.tokens = cache(self._tokens)
         self.students = lru_cache(1)(self._students)  # with its calibration it is large
@@ -226,11 +235,10 @@ class Language(Protocol):
     def run(
         self, model: str, method: str, rate: Rate, name: str, seed: int, progress: Progress
     ) -> dict[str, Any]:
+        budget = self.budget_at(rate)
         module, facts = self._trained(model, seed, method, rate, progress)
-        tokens, size = self.tokens(model, name)
-        found = perplexity(
-            module, tokens, window=self.settings.length, bytes=size, progress=progress
-        )
+        tokens, size = self.tokens(model, name, budget.test)
+        found = perplexity(module, tokens, window=budget.length, bytes=size, progress=progress)
         metrics = {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
         return {**metrics, "tokens": found.tokens, **facts}
 
@@ -241,16 +249,21 @@ class Language(Protocol):
         key = model, seed, method, rate
         if self._last is None or self._last[0] != key:
             self._last = None  # before there is another
-            students, batches = self.students(model, seed)
+            budget = self.budget_at(rate)
+            students, batches = self.students(model, seed, budget)
             module, removed = students.module(method, rate, progress)
-            steps = 0 if method == ORIGINAL else self._train(module, rate, batches, progress)
+            steps = 0 if method == ORIGINAL else self._train(module, budget, batches, progress)
             self._last = key, (module, {**removed, "steps": steps})
         return self._last[1]
 
     def _train(
-        self, module: torch.nn.Module, rate: Rate, batches: list[torch.Tensor], progress: Progress
+        self,
+        module: torch.nn.Module,
+        budget: Budget,
+        batches: list[torch.Tensor],
+        progress: Progress,
     ) -> int:
-        settings, endless = self.settings, cycle(batches)
+        endless = cycle(batches)
 
         def loss() -> torch.Tensor:
             ids = next(endless)
@@ -260,46 +273,43 @@ class Language(Protocol):
             )
 
         trained = [p for p in module.train().parameters() if p.requires_grad]
-        lr = settings.training_lr(rate)
-        done = train(trained, loss, steps=settings.steps, lr=lr, progress=progress)
+        done = train(trained, loss, steps=budget.steps, lr=budget.lr, progress=progress)
         module.eval()
         return done
 
-    def _tokens(self, model: str, name: str) -> tuple[torch.Tensor, int]:
+    def _tokens(self, model: str, name: str, count: int) -> tuple[torch.Tensor, int]:
         """The first tokens of the test split, and the bytes that they stand for."""
         _, tokenizer = self.model_of(model)
-        ids = _encode(tokenizer, self.dataset(name).test.texts, self.settings.test)
+        ids = _encode(tokenizer, self.dataset(name).test.texts, count)
         return ids, len(tokenizer.decode(ids).encode())
 
-    def _students(self, model: str, seed: int) -> tuple[Students, list[torch.Tensor]]:
+    def _students(
+        self, model: str, seed: int, budget: Budget
+    ) -> tuple[Students, list[torch.Tensor]]:
         """And the batches to train on."""
-        settings = self.settings
         dense, tokenizer = self.model_of(model)
-        steps = settings.longest_recovery + settings.steps
-        count = settings.calibration + steps * settings.batch
+        count = budget.texts + budget.steps * budget.batch
         rng = np.random.default_rng(seed)
         parts = []  # sequences of every set
         for name in self.corpus:
             documents = list(self.dataset(name).train.texts)
             rng.shuffle(documents)
-            ids = _encode(tokenizer, documents, -(-count // len(self.corpus)) * settings.length)
-            whole = len(ids) // settings.length * settings.length
-            parts.append(ids[:whole].reshape(-1, settings.length))
+            ids = _encode(tokenizer, documents, -(-count // len(self.corpus)) * budget.length)
+            whole = len(ids) // budget.length * budget.length
+            parts.append(ids[:whole].reshape(-1, budget.length))
         rows = torch.cat(parts)
         rows = rows[torch.from_numpy(rng.permutation(len(rows))[:count])]
-        batches = list(torch.split(rows, settings.batch))
-        first = -(-settings.calibration // settings.batch)
-        second = first + settings.longest_recovery
+        batches = list(torch.split(rows, budget.batch))
+        first = -(-budget.calibration // budget.batch)
+        second = first + budget.recovery
         named = [{"input_ids": batch} for batch in batches]
         students = Students(
             dense,
             named[:first],
             named[first:second] or named,
-            steps=settings.recovery,
-            lr=settings.recovery_lr,
-            paper_steps=settings.paper_recovery,
-            paper_lr=settings.paper_recovery_lr,
-            facts={"model": model, "seed": seed, **self.facts()},
+            steps=budget.recovery,
+            lr=budget.recovery_lr,
+            facts={"model": model, "seed": seed, **self.facts(budget)},
             folder=None,  # half a gigabyte each
         )
         return students, batches[second:] or batches

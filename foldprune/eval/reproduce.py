@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 
@@ -57,7 +58,7 @@ def reproduce(
         shares of the model to remove, or "paper" for ``Recipe.paper()``; numbers. By default all
         methods, 0.2, 0.4, of language models also 0.7, and "paper", and 0 and 1.
     budget
-        In place of the table's own.
+        In place of the table's own, for all rates and the recipe paper.
     progress
         True for a bar on standard error, or a function called with (done, total, name).
     threads
@@ -78,7 +79,8 @@ def reproduce(
     sets = tuple(sets or standard)
     # a choice among the standard sets is not to change what models are calibrated on
     corpus = standard if set(sets) <= set(standard) else sets
-    protocol = kind(budget or (kind.quick_budget if quick else kind.budget), corpus, folder)
+    budgets = kind.budgets(quick) if budget is None else (budget, budget)
+    protocol = kind(*budgets, corpus, folder)
     grid = list(
         _grid(
             tuple(models or (kind.model,)),
@@ -102,7 +104,8 @@ def reproduce(
                 inside = partial(_inside, report, i, len(grid), f"{name}, {method} {rate}")
                 runs.append(_run(protocol, log, model, method, rate, name, seed, inside))
     finally:  # what is done is shown, whatever stops the rest
-        made = Table(table, kind.metrics, tuple(runs), len(grid), protocol.facts())
+        facts = {**protocol.facts(protocol.budget), "paper_budget": asdict(protocol.paper_budget)}
+        made = Table(table, kind.metrics, tuple(runs), len(grid), facts)
         made.save(folder)
     return made
 
@@ -120,7 +123,7 @@ def _run(
     """From the log, or made and logged."""
     config = {
         **{"table": protocol.name, "model": model, "method": method, "rate": rate},
-        **{"set": name, "seed": seed, **protocol.facts()},
+        **{"set": name, "seed": seed, **protocol.facts(protocol.budget_at(rate))},
     }
     result = log.find(config)
     if result is None:

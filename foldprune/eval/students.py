@@ -42,8 +42,7 @@ class Students:
     ``calibration`` and ``recovery``: unlabelled batches, the same for all methods; ``facts``: what
     the models depend on besides method and rate, plain JSON; ``folder``: where they are kept
     (None: only the last one is, in memory). They are recovered for ``steps`` (0: not at all) at
-    ``lr``, what the recipe paper made (or others, in its place) for ``paper_steps`` at
-    ``paper_lr``, if given.
+    ``lr``.
     """
 
     def __init__(
@@ -54,15 +53,12 @@ class Students:
         *,
         steps: int,
         lr: float,
-        paper_steps: int | None = None,
-        paper_lr: float | None = None,
         facts: Mapping[str, Any],
         folder: str | None,
     ) -> None:
         self.dense = dense.requires_grad_(False)
         self.batches, self.recovery = calibration, recovery
-        self.course = steps, lr
-        self.paper_course = paper_steps or steps, paper_lr or lr
+        self.steps, self.lr = steps, lr
         self.facts, self.folder = dict(facts), folder
         self._last: tuple[str, Compressed] | None = None
 
@@ -91,7 +87,7 @@ class Students:
         if path and os.path.exists(path):
             found = load(path)
         else:
-            found = self._recovered(self._compressed(method, rate, progress), rate, progress)
+            found = self._recovered(self._compressed(method, rate, progress), progress)
             if path:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 found.save(path)
@@ -115,9 +111,8 @@ class Students:
         masks = baselines.prune(pruned, method, rates, self.batches, progress=progress)
         return baselines.packed(pruned, masks, method)
 
-    def _recovered(self, compressed: Compressed, rate: Rate, progress: Progress) -> Compressed:
-        steps, lr = self.paper_course if rate == PAPER else self.course
-        if not steps:
+    def _recovered(self, compressed: Compressed, progress: Progress) -> Compressed:
+        if not self.steps:
             return compressed
         student = runtime.convert(copy.deepcopy(self.dense).requires_grad_(True), compressed)
         _freeze_embeddings(student)
@@ -125,8 +120,8 @@ class Students:
             student,
             self.dense,
             self.recovery,
-            steps=steps,
-            lr=lr,
+            steps=self.steps,
+            lr=self.lr,
             layerwise=LAYERWISE,
             progress=progress,
         )

@@ -35,11 +35,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     args = parser.parse_args()
-    budget = replace(Classification.budget, paper_recovery=args.steps + HELD)
+    budget = replace(Classification.standard_paper, recovery=args.steps + HELD)
     with tempfile.TemporaryDirectory() as folder:
-        students, _ = Classification(budget, Classification.sets, folder).students(
-            Classification.model
-        )
+        table = Classification(budget, budget, Classification.sets, folder)
+        students = table.students(Classification.model, budget)
     dense, held = students.dense.eval(), students.recovery[-HELD:]
     print("| | qkv removed | model removed | cosine at once | recovered |\n|---|---|---|---|---|")
     for name in args.recipes:
@@ -58,7 +57,7 @@ def main() -> None:
             dense,
             students.recovery[:-HELD],
             steps=args.steps,
-            lr=budget.paper_recovery_lr or budget.recovery_lr,
+            lr=budget.recovery_lr,
             layerwise=0.0,
             progress=False,
         )
