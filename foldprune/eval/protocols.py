@@ -134,6 +134,15 @@ class Classification(Protocol):
         self.students = lru_cache(1)(self._students)  # with its calibration it is large
         self.tokens = cache(self._tokens)
 
+    def facts(self, budget: Budget) -> dict[str, Any]:
+        return {**super().facts(budget), "texts": self.texts}
+
+    @property
+    def texts(self) -> int:
+        """How many unlabelled ones are chosen, for the budget with the most; all take theirs from
+        these."""
+        return max(self.budget.texts, self.paper_budget.texts)
+
     def run(
         self, model: str, method: str, rate: Rate, name: str, seed: int, progress: Progress
     ) -> dict[str, Any]:
@@ -168,9 +177,7 @@ class Classification(Protocol):
 
     def _students(self, model: str, budget: Budget) -> Students:
         dense, tokenizer = self.encoder_of(model)
-        # one choice of texts for all budgets
-        count = max(self.budget.texts, self.paper_budget.texts)
-        unlabelled = _mixed([self.dataset(name) for name in self.corpus], count)
+        unlabelled = _mixed([self.dataset(name) for name in self.corpus], self.texts)
         rng = np.random.default_rng(0)
 
         def batches(texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
