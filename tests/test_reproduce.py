@@ -370,8 +370,10 @@ def test_the_recipe_paper_has_a_budget_of_its_own(encoder_folder, labelled, monk
     assert recoveries == [(BUDGET.recovery, BUDGET.recovery_lr), (5, 2e-3)]
     assert [run.result["steps"] for run in table.runs] == [BUDGET.steps, BUDGET.steps, 6]
     lines = (tmp_path / "classification.jsonl").read_text().splitlines()
-    budgets = [json.loads(line)["config"]["budget"] for line in lines]
-    assert budgets == [asdict(BUDGET), asdict(BUDGET), asdict(paper)]
+    configs = [json.loads(line)["config"] for line in lines]
+    assert [c["budget"] for c in configs] == [asdict(BUDGET), asdict(BUDGET), asdict(paper)]
+    # texts are chosen for the larger budget, which so is part of every run
+    assert {c["texts"] for c in configs} == {max(64 + 2 * 8, 64 + 5 * 4)}
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
