@@ -4,13 +4,14 @@ nothing of how the others train."""
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
 import pytest
 
 import foldprune
-from foldprune import Recipe
+from foldprune import FoldpruneWarning, Recipe
 
 torch = pytest.importorskip("torch")
 
@@ -280,6 +281,43 @@ def test_packed_training_is_that_of_the_masked_model(model_of, family, kind):
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-6, atol=1e-8)
+
+
+def _muon(matrix: Any) -> Any:
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    return torch.optim.Muon([matrix], lr=1e-3)
+
+
+@pytest.mark.parametrize("make", [_muon, lambda matrix: torch.optim.LBFGS([matrix], max_iter=2)])
+def test_optimizers_of_whole_weights_go_on_masked(model_of, make):
+    model = model_of()
+    matrix = model.bert.encoder.layer[0].intermediate.dense.weight
+    optimizer = make(matrix)
+    fpp = FPP(
+        model,
+        Recipe(fpp=0.5, fpp_on=("feed_forward",)),
+        schedule=SOON,
+        optimizer=[torch.optim.SGD(model.cls.parameters(), lr=0.1), optimizer],
+    )
+
+    def closure(step: int) -> Any:
+        loss = model(**batch(step)).loss
+        loss.backward()
+        return loss
+
+    with pytest.warns(FoldpruneWarning, match=r"masked; call pack\(\)") as said:
+        for step in range(9):
+            optimizer.step(functools.partial(closure, step))
+            optimizer.zero_grad()
+            fpp.step()
+    assert len([w for w in said if w.category is FoldpruneWarning]) == 1
+    assert fpp.done and not any(isinstance(m, PackedLinear) for m in model.modules())
+    zeros = {name: ~keep for name, keep in masks(fpp).items()}
+    state = fpp.pack() and dense_state(model)
+    assert any(isinstance(m, PackedLinear) for m in model.modules())
+    for name, left in zeros.items():
+        assert left.any() and not np.asarray(state[name])[left.numpy()].any(), name
 
 
 def test_optimizer_state_of_kept_values_alone(model_of):

@@ -32,6 +32,8 @@ __all__ = ["FPP", "Event", "Schedule"]
 
 _TRIES = 4  # shares that are tried at a step, each half as far as the one before
 _MEMORY = 0.5  # what statistics from before a step count after it
+# optimisers whose step is one of whole matrices, or of all parameters as one vector, by class name
+_WHOLE = {"Muon", "LBFGS"}
 
 _Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer] | None
 
@@ -184,8 +186,9 @@ class FPP:
         By default ``Schedule()``.
     optimizer
         The optimiser, or a list of several: state of pruned weights is zeroed, and carried over
-        when the model is packed. Without it, and in a process group, whose DistributedDataParallel
-        holds on to the dense parameters, the model stays masked until ``pack`` is called.
+        when the model is packed. Without it, with Muon or LBFGS, whose steps take weights as a
+        whole, and in a process group, whose DistributedDataParallel holds on to the dense
+        parameters, the model stays masked until ``pack`` is called.
     held, tolerance, loss
         A batch that checks every step: suspects that raise its loss by more than ``tolerance``, as
         a share of it, thaw (they get their values back and train again) and half of them are tried,
@@ -334,8 +337,21 @@ class FPP:
         self._steps += 1
         if not self.done and self.schedule.due(self._steps):
             self._advance()
-            if self.done and self._optimizers and not _distributed():
+            if self.done and self._optimizers and not _distributed() and self._packable():
                 self.pack()
+
+    def _packable(self) -> bool:
+        """Whether the optimisers can go on with vectors of kept values."""
+        kinds = {kind.__name__ for o in self._optimizers for kind in type(o).__mro__}
+        whole = sorted(kinds & _WHOLE)
+        if whole:
+            warnings.warn(
+                f"{whole[0]} takes weights as a whole and cannot go on with packed ones: the model "
+                "stays masked; call pack() when it has been trained",
+                FoldpruneWarning,
+                stacklevel=3,
+            )
+        return not whole
 
     @torch.no_grad()
     def _advance(self) -> None:
