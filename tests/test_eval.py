@@ -88,6 +88,15 @@ def test_perplexity_of_bad_input(make_model, tokens, options, error):
         perplexity(make_model("llama"), tokens, progress=False, **options)
 
 
+@pytest.mark.parametrize(
+    ("ids", "window", "said"),
+    [([5, 10**6, 7], 3, "3 tokens with ids from 5 to 1000000"), ([5] * 5000, 5000, "positions")],
+)
+def test_perplexity_of_what_the_model_has_not(make_model, ids, window, said):
+    with pytest.raises(ModelError, match=said):
+        perplexity(make_model("gpt2"), ids, window=window, progress=False)
+
+
 def test_perplexity_is_not_silently_nan(make_model):
     model = make_model("llama")
     with torch.no_grad():

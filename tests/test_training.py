@@ -547,6 +547,10 @@ def test_what_is_refused(model_of):
         FPP(model, Recipe())
     with pytest.raises(ValueError, match="tolerance"):
         FPP(model, Recipe(fpp=0.5), tolerance=-1)
+    with pytest.raises(TypeError, match="torch optimiser, got str"):
+        FPP(model, Recipe(fpp=0.5), optimizer="adamw")
+    with pytest.raises(ValueError, match="none of this"):
+        FPP(model, Recipe(fpp=0.5), optimizer=torch.optim.SGD(model_of().parameters(), lr=0.1))
     fpp = FPP(model, Recipe(fpp=0.5), schedule=SOON, held={"input_ids": batch()["input_ids"]})
     fpp.step()
     with pytest.raises(foldprune.ModelError, match="no loss for the held batch"):

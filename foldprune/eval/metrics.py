@@ -74,7 +74,7 @@ def perplexity(
     TypeError
         Tokens that are not whole numbers.
     ModelError
-        (ValueError) a loss that is not finite.
+        (ValueError) a loss that is not finite, or ids or positions that the model has not.
     """
     ids = _token_ids(tokens)
     stride = max(1, window // 2) if stride is None else stride
@@ -121,7 +121,14 @@ def _loss(model: torch.nn.Module, ids: torch.Tensor, first: int) -> float:
     """Summed over the tokens from the ``first`` on."""
     device = next((p.device for p in model.parameters()), ids.device)
     ids = ids.to(device)
-    logits = model(input_ids=ids[None]).logits[0, first - 1 : -1].float()
+    try:
+        logits = model(input_ids=ids[None]).logits[0, first - 1 : -1].float()
+    except IndexError as error:
+        raise ModelError(
+            f"{type(model).__name__} failed on a window of {len(ids)} tokens with ids from "
+            f"{int(ids.min())} to {int(ids.max())}: {error}; has it so many positions, and are the "
+            "ids those of its tokenizer?"
+        ) from error
     losses = torch.nn.functional.cross_entropy(logits, ids[first:], reduction="none")
     total = float(losses.double().sum())
     if not math.isfinite(total):

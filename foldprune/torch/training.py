@@ -250,9 +250,21 @@ class FPP:
 
     def attach(self, optimizer: _Optimizers) -> None:
         """Names the optimiser, where it was made after this."""
-        if optimizer is not None:
-            given = optimizer if isinstance(optimizer, list) else [optimizer]
-            self._optimizers = [getattr(o, "optimizer", o) for o in given]  # without wrappers
+        if optimizer is None:
+            return
+        given = optimizer if isinstance(optimizer, list) else [optimizer]
+        found = [getattr(o, "optimizer", o) for o in given]  # without wrappers
+        for one in found:
+            if not isinstance(one, torch.optim.Optimizer):
+                raise TypeError(f"optimizer: expected a torch optimiser, got {type(one).__name__}")
+        own = {id(parameter) for parameter in self.model.parameters()}
+        held = (p for one in found for group in one.param_groups for p in group["params"])
+        if not any(id(parameter) in own for parameter in held):
+            raise ValueError(
+                f"optimizer: has none of this {type(self.model).__name__}'s parameters; was it "
+                "made for another model, or for a copy?"
+            )
+        self._optimizers = found
 
     @property
     def done(self) -> bool:
