@@ -51,7 +51,8 @@ def compress(
         Sets every method by hand instead; ``rate`` is then not used.
     config
         The model's configuration, for its heads: a mapping, a Hugging Face config, or a path. By
-        default the model's own, or the config.json beside a file.
+        default the model's own, that of the models inside a module if they agree, or the
+        config.json beside a file.
     num_heads
         Number of query heads, where there is no configuration. Without either, known shapes are
         recognised; else the head size is assumed to be 64 with a ``HeadSizeWarning``.

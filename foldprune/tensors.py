@@ -56,17 +56,26 @@ def read(source: Any) -> Checkpoint:
     state_dict = getattr(source, "state_dict", None)
     if callable(state_dict):
         checkpoint = from_mapping(state_dict())
-        config = getattr(source, "config", None)
-        if config is not None and callable(getattr(config, "to_dict", None)):
-            checkpoint.config = config.to_dict()
-        else:
-            checkpoint.config = _torch_config(source)
+        checkpoint.config = _model_config(source) or _torch_config(source)
         checkpoint.source = type(source).__name__
         return checkpoint
     raise TypeError(
         f"expected a state dict, a module or a path, got {type(source).__name__}; pass "
         "model.state_dict() or a mapping of names to arrays"
     )
+
+
+def _model_config(module: Any) -> Mapping[str, Any] | None:
+    """Of a Hugging Face model, or of those inside a module, if they agree."""
+    found: list[Mapping[str, Any]] = []
+    left = [module]
+    while left:
+        one = left.pop()
+        if callable(to_dict := getattr(getattr(one, "config", None), "to_dict", None)):
+            found.append(to_dict())
+        elif callable(children := getattr(one, "children", None)):
+            left += children()
+    return found[0] if found and all(config == found[0] for config in found) else None
 
 
 def _torch_config(module: Any) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ import reference
 import foldprune
 from foldprune import Recipe
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_warnings")
@@ -39,6 +39,27 @@ def test_heads_from_the_model_and_from_configs(make_model, tmp_path):
         assert facts(result)[3] in ("config", "model")
         assert "4 heads of 12" in str(result.report)
     assert facts(foldprune.compress(state, 0, num_heads=4)) == (4, 2, 12, "num_heads")
+
+
+def test_heads_from_a_model_inside_another_module(make_model):
+    class Classifier(torch.nn.Module):
+        def __init__(self, *encoders: torch.nn.Module) -> None:
+            super().__init__()
+            self.encoders = torch.nn.ModuleList(encoders)
+            self.head = torch.nn.Linear(48, 3)
+
+    inner = make_model("bert").bert
+    recipe = Recipe(irc=1)
+    want = facts(foldprune.compress(inner, recipe=recipe))
+    with pytest.warns(foldprune.UnmatchedTensorWarning, match="head"):
+        assert facts(foldprune.compress(Classifier(inner), recipe=recipe)) == want
+        assert facts(foldprune.compress(Classifier(inner, inner), recipe=recipe)) == want
+    other = type(inner)(type(inner.config)(**{**inner.config.to_dict(), "num_attention_heads": 2}))
+    with (
+        pytest.warns(foldprune.UnmatchedTensorWarning, match="head"),
+        pytest.raises(foldprune.ModelError, match="pass num_heads= or config="),
+    ):
+        foldprune.compress(Classifier(inner, other), recipe=recipe)
 
 
 def test_heads_from_the_table_of_known_shapes():
