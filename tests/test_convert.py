@@ -277,6 +277,27 @@ def test_ties_stay(both, token_ids, family):
         assert list(to_compressed(other)) == list(to_compressed(converted))
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "opt", "llama-tied"])
+def test_ties_as_transformers_saves_and_makes_them(both, token_ids, tmp_path, family, dtype):
+    from safetensors.torch import load_file
+
+    _, converted, _ = both(family, "weight", dtype=dtype)
+    expected = logits(converted, token_ids)
+    converted.tie_weights()
+    assert converted.get_input_embeddings().values is converted.get_output_embeddings().values
+    assert torch.equal(logits(converted, token_ids), expected)
+    converted.save_pretrained(tmp_path)  # as its Trainer does
+    saved = load_file(tmp_path / "model.safetensors")
+    _, other, _ = both(family, "weight", dtype=dtype)
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    missing = other.load_state_dict(saved, strict=False).missing_keys
+    head = next(n for n, m in other.named_modules() if m is other.get_output_embeddings())
+    assert not [name for name in missing if not name.startswith(f"{head}.")]
+    assert torch.equal(logits(other, token_ids), expected)
+
+
 def test_a_checkpoint_without_the_tied_name(make_model, token_ids):
     model = make_model("llama-tied")
     state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}

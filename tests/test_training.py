@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -481,23 +482,40 @@ def test_a_resumed_run_is_the_same(model_of, tmp_path):
             assert torch.equal(found[name], tensor), name
 
 
-def test_trainer(model_of, tmp_path):
+def _trainer(model: Any, fpp: FPP, folder: Path) -> Any:
     transformers = pytest.importorskip("transformers")
-    model = model_of("bert")
-    fpp = FPP(model, Recipe(fpp=0.6), schedule=SOON)
     rows = [{k: v[0] for k, v in batch(i).items()} for i in range(20)]
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            str(tmp_path), max_steps=10, per_device_train_batch_size=2, report_to=[],
-            save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
-        ),
-        train_dataset=rows,
-        callbacks=[fpp.callback()],
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=10, per_device_train_batch_size=2, report_to=[],
+        save_strategy="steps", save_steps=1, use_cpu=True, disable_tqdm=True,
+        logging_strategy="no",
     )  # fmt: skip
+    return transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[fpp.callback()])
+
+
+def test_trainer(model_of, tmp_path):
+    def begin() -> tuple[Any, FPP, Any]:
+        model = model_of("bert")
+        fpp = FPP(model, Recipe(fpp=0.6), schedule=SOON)
+        return model, fpp, _trainer(model, fpp, tmp_path)
+
+    model, fpp, trainer = begin()
     trainer.train()
     assert fpp.done and isinstance(model.bert.encoder.layer[0].output.dense, PackedLinear)
     assert to_compressed(model).report.totals["feed_forward"].removed > 0.4
+    expected = model.state_dict()
+    for step in (4, 8):  # before and after packing
+        folder = tmp_path / f"checkpoint-{step}"
+        model, fpp, trainer = begin()
+        fpp.load_state_dict(torch.load(folder / "fpp.pt"))
+        trainer.train(resume_from_checkpoint=str(folder))
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), (step, name)
+    _, fpp, trainer = begin()
+    with pytest.warns(FoldpruneWarning, match=r"after step 4.*fpp\.pt"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def _rank(rank: int, path: str) -> None:

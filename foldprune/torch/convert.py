@@ -291,6 +291,39 @@ def _swap_in(model: nn.Module, uses: Sequence[_Use], threads: int) -> None:
         new = _packed_module(use, made.get(key), threads)
         made.setdefault(key, new)
         _set(model, use.path, new)
+    for key in made:
+        paths = [use.path for use in uses if use.weight.data_ptr() == key]
+        if len(paths) > 1:
+            _declare_tied(model, paths)
+
+
+def _declare_tied(model: nn.Module, paths: Sequence[str]) -> None:
+    """Hugging Face's models find shared tensors by their names when they save and tie them: those
+    of these packed layers in place of the weights'."""
+    for prefix, module in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        inside = [path.removeprefix(start) for path in paths if path.startswith(start)]
+        if len(inside) < 2 or not hasattr(module, "_tied_weights_keys"):
+            continue
+        # embeddings are what others are tied to
+        inside.sort(key=lambda path: not isinstance(module.get_submodule(path), PackedEmbedding))
+        source, others = inside[0], inside[1:]
+        layer = module.get_submodule(source)
+        parts = [*dict(layer.named_parameters(recurse=False)), *dict(layer.named_buffers())]
+        names = {
+            f"{other}.{part}": f"{source}.{part}"
+            for other in others
+            for part in parts
+            if part != "bias"
+        }
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            known = getattr(module, attribute, None) or {}
+            if isinstance(known, Mapping):
+                gone = {f"{path}.weight" for path in inside}
+                kept = {name: to for name, to in known.items() if name not in gone}
+                setattr(module, attribute, {**kept, **names})
+            else:  # a list of names, before transformers 5
+                setattr(module, attribute, [*known, *names])
 
 
 def _packed_module(use: _Use, tied: _PackedLayer | None, threads: int) -> _PackedLayer:

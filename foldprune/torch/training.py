@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import encodings, tensors, uncalibrated
+from ..container import write_atomically
 from ..errors import FoldpruneWarning, ModelError, TensorError, UnmatchedTensorWarning
 from ..job import Job
 from ..measured import expected_use
@@ -34,6 +36,7 @@ _TRIES = 4  # shares that are tried at a step, each half as far as the one befor
 _MEMORY = 0.5  # what statistics from before a step count after it
 # optimisers whose step is one of whole matrices, or of all parameters as one vector, by class name
 _WHOLE = {"Muon", "LBFGS"}
+_FPP_FILE = "fpp.pt"  # in a Trainer's checkpoint
 
 _Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer] | None
 
@@ -508,17 +511,38 @@ class FPP:
 
     def callback(self) -> Any:
         """A transformers.TrainerCallback that attaches the Trainer's optimiser and calls
-        ``step``."""
+        ``step``, and saves FPP's state in the Trainer's checkpoints, as ``fpp.pt``.
+
+        To go on from such a checkpoint, ``load_state_dict(torch.load(folder + "/fpp.pt"))`` before
+        ``trainer.train(resume_from_checkpoint=folder)``, as the model is packed if it was; else a
+        FoldpruneWarning says so.
+        """
         from transformers import TrainerCallback
+        from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
         fpp = self
 
         class FPPCallback(TrainerCallback):
-            def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            def on_train_begin(
+                self, _: Any, state: Any, *__: Any, optimizer: Any = None, **___: Any
+            ) -> None:
+                if state.global_step and not fpp._steps:
+                    text = (
+                        f"training goes on after step {state.global_step}, but FPP is at its "
+                        f"beginning; if it pruned this model before, load {_FPP_FILE} from the "
+                        "checkpoint's folder by load_state_dict, before trainer.train()"
+                    )
+                    warnings.warn(text, FoldpruneWarning, stacklevel=2)
                 fpp.attach(optimizer)
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 fpp.step()
+
+            def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                folder = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+                if state.is_world_process_zero and os.path.isdir(folder):
+                    saved = fpp.state_dict()
+                    write_atomically(f"{folder}/{_FPP_FILE}", lambda path: torch.save(saved, path))
 
         return FPPCallback()
 
