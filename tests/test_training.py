@@ -482,15 +482,17 @@ def test_a_resumed_run_is_the_same(model_of, tmp_path):
             assert torch.equal(found[name], tensor), name
 
 
-def _trainer(model: Any, fpp: FPP, folder: Path) -> Any:
+def _trainer(model: Any, fpp: FPP, folder: Path, **options: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     rows = [{k: v[0] for k, v in batch(i).items()} for i in range(20)]
     arguments = transformers.TrainingArguments(
         str(folder), max_steps=10, per_device_train_batch_size=2, report_to=[],
         save_strategy="steps", save_steps=1, use_cpu=True, disable_tqdm=True,
-        logging_strategy="no",
+        logging_strategy="no", **options,
     )  # fmt: skip
-    return transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[fpp.callback()])
+    return transformers.Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows[:4], callbacks=[fpp.callback()]
+    )
 
 
 def test_trainer(model_of, tmp_path):
@@ -516,6 +518,25 @@ def test_trainer(model_of, tmp_path):
     _, fpp, trainer = begin()
     with pytest.warns(FoldpruneWarning, match=r"after step 4.*fpp\.pt"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_the_trainers_best_model_is_pruned(model_of, tmp_path):
+    model = model_of("bert")
+    fpp = FPP(model, Recipe(fpp=0.6), schedule=SOON)
+    trainer = _trainer(
+        model,
+        fpp,
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so the first steps were the best
+    )
+    trainer.train()
+    best = torch.load(Path(trainer.state.best_model_checkpoint) / "fpp.pt")
+    assert best["packed"] and best["steps"] >= SOON.end
+    assert fpp.rate == pytest.approx(0.6, abs=0.01)
 
 
 def _rank(rank: int, path: str) -> None:

@@ -147,6 +147,11 @@ class _PackedModule(nn.Module):
         mask, values = state_dict.get(f"{prefix}mask"), state_dict.get(f"{prefix}values")
         offset = None
         try:
+            if values is None and f"{prefix}weight" in state_dict:  # not strict, it would be passed
+                raise ModuleError(
+                    f"{prefix}weight: a dense matrix for a layer that is packed; convert a dense "
+                    "model that has it, or load a state from after packing"
+                )
             if isinstance(mask, torch.Tensor):
                 offset = self._offsets_of(f"{prefix}mask", mask)
                 count = int(offset[-1])

@@ -511,7 +511,8 @@ class FPP:
 
     def callback(self) -> Any:
         """A transformers.TrainerCallback that attaches the Trainer's optimiser and calls
-        ``step``, and saves FPP's state in the Trainer's checkpoints, as ``fpp.pt``.
+        ``step``, and saves FPP's state in the Trainer's checkpoints, as ``fpp.pt``. The best model,
+        where the Trainer loads it at the end, is one from after the rate was reached.
 
         To go on from such a checkpoint, ``load_state_dict(torch.load(folder + "/fpp.pt"))`` before
         ``trainer.train(resume_from_checkpoint=folder)``, as the model is packed if it was; else a
@@ -523,9 +524,7 @@ class FPP:
         fpp = self
 
         class FPPCallback(TrainerCallback):
-            def on_train_begin(
-                self, _: Any, state: Any, *__: Any, optimizer: Any = None, **___: Any
-            ) -> None:
+            def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
                 if state.global_step and not fpp._steps:
                     text = (
                         f"training goes on after step {state.global_step}, but FPP is at its "
@@ -533,12 +532,15 @@ class FPP:
                         "checkpoint's folder by load_state_dict, before trainer.train()"
                     )
                     warnings.warn(text, FoldpruneWarning, stacklevel=2)
-                fpp.attach(optimizer)
+                fpp.attach(known.get("optimizer"))
 
-            def on_step_end(self, *_: Any, **__: Any) -> None:
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                before = fpp.done
                 fpp.step()
+                if fpp.done and not before:  # what was the best has weights that are gone now
+                    state.best_metric = state.best_model_checkpoint = None
 
-            def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 folder = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
                 if state.is_world_process_zero and os.path.isdir(folder):
                     saved = fpp.state_dict()
