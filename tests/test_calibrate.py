@@ -125,6 +125,16 @@ def test_thread_count_does_not_matter(make_model):
     )
 
 
+def test_a_compiled_model_is_measured_alike(make_model):
+    model, batches = make_model("bert"), batches_for()
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(**batches[0])  # its code is there before hooks are
+    found = everything(quiet(compiled, batches))
+    whole = everything(quiet(model, batches))
+    assert {name.removeprefix("_orig_mod."): read for name, read in found.items()} == whole
+
+
 @pytest.mark.parametrize("patterns", ["*.mlp.*", ["*.q_proj.weight", "*.1.mlp.down_proj"]])
 def test_only_the_layers_asked_for(make_model, patterns):
     model = make_model("llama-gqa")

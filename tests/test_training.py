@@ -373,6 +373,27 @@ def test_autocast_and_checkpointing(model_of, family):
     assert losses["bfloat16"] == pytest.approx(losses["plain"], rel=0.02)
 
 
+@pytest.mark.parametrize("outer", [True, False])
+def test_a_compiled_model_is_pruned_alike(model_of, outer):
+    losses = []
+    for compiled in (True, False):
+        torch.compiler.reset()
+        model = model_of()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        fpp = FPP(run if outer else model, Recipe(fpp=0.6), schedule=SOON, optimizer=optimizer)
+        losses.append([])
+        for step in range(9):
+            loss = run(**batch(step)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            fpp.step()
+            losses[-1].append(float(loss.detach()))
+        assert fpp.done and any(isinstance(m, PackedLinear) for m in model.modules())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_on_a_folded_model(model_of):
     """Folded attention trains in its folded form while what is dense beside it is pruned."""
     dense = model_of("bert").eval()

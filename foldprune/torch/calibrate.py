@@ -208,14 +208,15 @@ def _find_layers(
 
 @contextmanager
 def prepared(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, and no gradients of parameters; afterwards as before, whatever happens."""
+    """Eval mode, no gradients of parameters, and nothing compiled, as hooks are to see what they
+    are told; afterwards as before, whatever happens."""
     training = {module: module.training for module in model.modules()}
     required = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()
         for parameter in required:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, flag in training.items():

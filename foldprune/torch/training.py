@@ -6,8 +6,8 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,6 +37,16 @@ _MEMORY = 0.5  # what statistics from before a step count after it
 # optimisers whose step is one of whole matrices, or of all parameters as one vector, by class name
 _WHOLE = {"Muon", "LBFGS"}
 _FPP_FILE = "fpp.pt"  # in a Trainer's checkpoint
+
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
+
+
+def _eagerly(hook: _Hook) -> _Hook:
+    """Not to be traced by torch.compile, which would not see what is written to the weights, and
+    compile anew for every count."""
+    disabled: Any = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return cast(_Hook, disabled)
+
 
 _Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer] | None
 
@@ -91,6 +101,7 @@ class _Watch:
     active: bool = True
     tokens: torch.Tensor | None = None
 
+    @_eagerly
     def note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         two = isinstance(mask, torch.Tensor) and mask.ndim == 2
@@ -121,6 +132,7 @@ class _Matrix:
         if self.keep is not None:
             self.weight.data.mul_(self.keep)
 
+    @_eagerly
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
