@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import os
@@ -139,6 +140,21 @@ def make_model() -> Callable[..., Any]:
     import models
 
     return lambda name, seed=0: models.randomise(_family(name), seed)
+
+
+@pytest.fixture
+def model_of(make_model: Callable[..., Any]) -> Callable[..., Any]:
+    """model_of(name="bert"): a model of ``make_model`` to be trained, without dropout."""
+    import torch
+
+    def make(name: str = "bert") -> Any:
+        model = copy.deepcopy(make_model(name)).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    return make
 
 
 @pytest.fixture(scope="session")
