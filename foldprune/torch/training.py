@@ -38,6 +38,7 @@ _MEMORY = 0.5  # what statistics from before a step count after it
 _WHOLE = {"Muon", "LBFGS"}
 _FPP_FILE = "fpp.pt"  # in a Trainer's checkpoint
 
+_Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer] | None
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
@@ -46,9 +47,6 @@ def _eagerly(hook: _Hook) -> _Hook:
     compile anew for every count."""
     disabled: Any = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return cast(_Hook, disabled)
-
-
-_Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,8 +271,8 @@ class FPP:
             if not isinstance(one, torch.optim.Optimizer):
                 raise TypeError(f"optimizer: expected a torch optimiser, got {type(one).__name__}")
         own = {id(parameter) for parameter in self.model.parameters()}
-        held = (p for one in found for group in one.param_groups for p in group["params"])
-        if not any(id(parameter) in own for parameter in held):
+        theirs = (p for one in found for group in one.param_groups for p in group["params"])
+        if not any(id(parameter) in own for parameter in theirs):
             raise ValueError(
                 f"optimizer: has none of this {type(self.model).__name__}'s parameters; was it "
                 "made for another model, or for a copy?"
