@@ -19,10 +19,15 @@ def batch(seed: int = 1) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids}
 
 
-def train(model: Any, optimizer: Any, fpp: FPP | None, steps: int, seed: int = 1) -> None:
+def train(model: Any, optimizer: Any, fpp: FPP | None, steps: int, seed: int = 1) -> list[float]:
+    """The losses."""
+    losses = []
     for step in range(steps):
-        model(**batch(seed + step)).loss.backward()
+        loss = model(**batch(seed + step)).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if fpp is not None:
             fpp.step()
+        losses.append(float(loss.detach()))
+    return losses

@@ -354,14 +354,7 @@ def test_a_compiled_model_is_pruned_alike(model_of, outer):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         run = torch.compile(model, backend="aot_eager") if compiled else model
         fpp = FPP(run if outer else model, Recipe(fpp=0.6), schedule=SOON, optimizer=optimizer)
-        losses.append([])
-        for step in range(9):
-            loss = run(**batch(step)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            fpp.step()
-            losses[-1].append(float(loss.detach()))
+        losses.append(train(run, optimizer, fpp, 9))
         assert fpp.done and any(isinstance(m, PackedLinear) for m in model.modules())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

@@ -285,16 +285,16 @@ def _use(
 
 def _swap_in(model: nn.Module, uses: Sequence[_Use], threads: int) -> None:
     """Packed layers in place of those that share one tensor."""
-    made: dict[int, _PackedLayer] = {}  # by what the model ties
+    groups: dict[int, list[_Use]] = {}  # by what the model ties
     for use in uses:
-        key = use.weight.data_ptr()
-        new = _packed_module(use, made.get(key), threads)
-        made.setdefault(key, new)
-        _set(model, use.path, new)
-    for key in made:
-        paths = [use.path for use in uses if use.weight.data_ptr() == key]
-        if len(paths) > 1:
-            _declare_tied(model, paths)
+        groups.setdefault(use.weight.data_ptr(), []).append(use)
+    for group in groups.values():
+        first: _PackedLayer | None = None
+        for use in group:
+            new = _packed_module(use, first, threads)
+            first = first or new
+            _set(model, use.path, new)
+        _declare_tied(model, [use.path for use in group])
 
 
 def _declare_tied(model: nn.Module, paths: Sequence[str]) -> None:
