@@ -6,15 +6,15 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from .. import encodings, tensors, uncalibrated
+from .. import tensors, uncalibrated
 from ..container import write_atomically
 from ..errors import FoldpruneWarning, ModelError, TensorError, UnmatchedTensorWarning
 from ..job import Job
@@ -24,11 +24,12 @@ from ..prune import Pruned
 from ..recipe import Granularity, Recipe, pattern_of
 from ..schemas.layout import generic_layout
 from .batches import Batch
-from .calibrate import Loss, is_conv1d, is_embedding, is_linear, prepared
+from .calibrate import Loss, is_conv1d, is_embedding, prepared
 from .collect import ORIGIN, Origin
 from .convert import convert, pack_more
-from .modules import PackedEmbedding, PackedLinear, pack_tensor
-from .tensors import from_numpy, storage_key, to_numpy
+from .masked import MaskedMatrix, Watch, carry_over
+from .modules import PackedEmbedding, PackedLinear
+from .tensors import from_numpy, storage_key
 
 __all__ = ["FPP", "Event", "Schedule"]
 
@@ -39,14 +40,6 @@ _WHOLE = {"Muon", "LBFGS"}
 _FPP_FILE = "fpp.pt"  # in a Trainer's checkpoint
 
 _Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer] | None
-_Hook = TypeVar("_Hook", bound=Callable[..., None])
-
-
-def _eagerly(hook: _Hook) -> _Hook:
-    """Not to be traced by torch.compile, which would not see what is written to the weights, and
-    compile anew for every count."""
-    disabled: Any = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return cast(_Hook, disabled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,80 +82,6 @@ class Event:
     share: float
     before: float | None
     after: float | None
-
-
-@dataclasses.dataclass
-class _Watch:
-    """What a model's matrices have in common in a forward pass. ``tokens``: which positions are no
-    padding, None for all."""
-
-    active: bool = True
-    tokens: torch.Tensor | None = None
-
-    @_eagerly
-    def note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        two = isinstance(mask, torch.Tensor) and mask.ndim == 2
-        self.tokens = mask.bool().reshape(-1) if two else None  # type: ignore[union-attr]
-
-
-@dataclasses.dataclass
-class _Matrix:
-    """A weight that is pruned, and what its layers have read. ``keep``: None before anything is
-    pruned. ``sums``: of squares by input, or, where it is ``looked_up``, of uses by row."""
-
-    weight: nn.Parameter
-    transposed: bool
-    watch: _Watch
-    looked_up: bool = False
-    keep: torch.Tensor | None = None
-    block: tuple[int, int] = (1, 1)
-    sums: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0).double())
-    count: float = 0.0
-
-    def watch_for(self, looked_up: bool) -> None:
-        self.looked_up = looked_up
-        width = self.weight.shape[0 if looked_up or self.transposed else 1]
-        self.sums = torch.zeros(width, dtype=torch.float64)
-
-    def hold(self) -> None:
-        """Zeroes what is pruned, whatever has been done to the weight since."""
-        if self.keep is not None:
-            self.weight.data.mul_(self.keep)
-
-    @_eagerly
-    def before_forward(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.hold()
-        reads = is_embedding(module) if self.looked_up else is_linear(module)
-        if not (reads and module.training and self.watch.active):
-            return
-        x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        rows = x.reshape(-1) if self.looked_up else x.reshape(-1, x.shape[-1])
-        tokens = self.watch.tokens
-        if tokens is not None and len(tokens) == len(rows):
-            rows = rows[tokens]
-        if self.looked_up:
-            self.sums += torch.bincount(rows, minlength=len(self.sums))
-        else:
-            self.sums += rows.float().square().sum(0)
-        self.count += len(rows)
-
-    def before_saving(self, *_: Any) -> None:
-        self.hold()
-
-    def masked(self, gradient: torch.Tensor) -> torch.Tensor:
-        if self.keep is None or gradient.layout is not torch.strided:
-            return gradient
-        return gradient * self.keep
-
-    def encoding(self, name: str, threads: int) -> encodings.Packed:
-        assert self.keep is not None
-        matrix, mask = to_numpy(name, self.weight), self.keep.numpy()
-        if self.transposed:
-            matrix, mask = matrix.T, mask.T
-        return encodings.Packed.from_mask(matrix, mask, self.block, self.transposed, threads)
 
 
 class FPP:
@@ -250,7 +169,7 @@ class FPP:
         self._threads = resolve_threads(threads)
         self.history: list[Event] = []
         self._steps, self._share, self._packed = 0, 0.0, False
-        self._watch = _Watch()
+        self._watch = Watch()
         self._handles: list[Any] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self.attach(optimizer)
@@ -322,12 +241,12 @@ class FPP:
     def _module(self, name: str) -> nn.Module:
         return self.model.get_submodule(self._name(name).rpartition(".")[0])
 
-    def _find(self) -> dict[str, _Matrix]:
+    def _find(self) -> dict[str, MaskedMatrix]:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         found = {}
         for target in self._job(self.recipe).targets(self.recipe):
             if (weight := parameters.get(self._name(target.name))) is not None:
-                found[target.name] = _Matrix(weight, target.transposed, self._watch)
+                found[target.name] = MaskedMatrix(weight, target.transposed, self._watch)
         if not found:
             raise ModelError(
                 f"{type(self.model).__name__} has no dense matrix in the recipe's "
@@ -335,7 +254,7 @@ class FPP:
             )
         return found
 
-    def _hook(self, matrices: Mapping[str, _Matrix]) -> None:
+    def _hook(self, matrices: Mapping[str, MaskedMatrix]) -> None:
         if not matrices:
             return
         by_key = {storage_key(m.weight): m for m in matrices.values()}
@@ -439,7 +358,7 @@ class FPP:
             overrides[pattern_of(name)] = fields
         return dataclasses.replace(self.recipe, fpp=None, overrides=overrides)
 
-    def _weigh(self, job: Job, name: str, matrix: _Matrix) -> None:
+    def _weigh(self, job: Job, name: str, matrix: MaskedMatrix) -> None:
         """Hands the statistics to the job that selects."""
         gathered = torch.cat((matrix.sums, matrix.sums.new_tensor([matrix.count])))
         if _distributed():
@@ -467,7 +386,7 @@ class FPP:
             raise ModelError(f"step {self._steps}: the held batch's loss is {float(value)}")
         return float(value)
 
-    def _forget(self, matrix: _Matrix) -> None:
+    def _forget(self, matrix: MaskedMatrix) -> None:
         """Momentum of pruned weights."""
         if matrix.keep is None:
             return
@@ -510,7 +429,7 @@ class FPP:
             module = self.model.get_submodule(names[name].rpartition(".")[0])
             if isinstance(module, (PackedLinear, PackedEmbedding)):
                 for own in self._optimizers:
-                    _carry_over(own, matrix, module.values)
+                    carry_over(own, matrix, module.values)
                 matrix.weight = nn.Parameter(matrix.weight.to("meta"))  # its shape is all we need
             else:
                 left[name] = matrix
@@ -592,32 +511,6 @@ class FPP:
         self.history = [Event(**event) for event in state["history"]]
         if state["packed"]:
             self.pack()
-
-
-def _carry_over(optimizer: torch.optim.Optimizer, matrix: _Matrix, new: nn.Parameter) -> None:
-    """The optimiser goes on with the kept values in place of the whole weight."""
-    old = matrix.weight
-
-    def kept(tensor: torch.Tensor) -> torch.Tensor:
-        packed = pack_tensor(tensor, matrix.keep, None, matrix.transposed)
-        return from_numpy(packed.values.copy())
-
-    if old.grad is not None and new.grad is None:
-        new.grad = kept(old.grad)
-    for group in optimizer.param_groups:
-        group["params"][:] = [
-            new if parameter is old else parameter for parameter in group["params"]
-        ]
-    state = optimizer.state.pop(old, None)
-    if state is None:
-        return
-    numbers = [value for value in state.values() if isinstance(value, torch.Tensor)]
-    # what goes with the matrix as a whole, as factored moments do, cannot follow and starts anew
-    if all(value.numel() == 1 or value.shape == old.shape for value in numbers):
-        optimizer.state[new] = {
-            key: kept(value) if isinstance(value, torch.Tensor) and value.numel() > 1 else value
-            for key, value in state.items()
-        }
 
 
 def _own_loss(model: nn.Module, value: Any) -> torch.Tensor:
