@@ -177,3 +177,41 @@ def token_ids() -> Any:
     """Two sequences of 13 tokens without padding."""
     torch = pytest.importorskip("torch")
     return torch.randint(3, 89, (2, 13), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def compressed_model(make_model: Callable[..., Any]) -> Callable[..., Any]:
+    """compressed_model(family, recipe's name): the model and its Compressed, made once.
+    Recipes are those of converting.py."""
+    from converting import RECIPES
+
+    import foldprune
+
+    made: dict[tuple[str, str], Any] = {}
+
+    def make(family: str, recipe: str) -> Any:
+        if (family, recipe) not in made:
+            model, chosen = make_model(family), RECIPES[recipe]
+            if isinstance(chosen, float):
+                compressed = foldprune.compress(model, chosen, threads=1)
+            else:
+                compressed = foldprune.compress(model, recipe=chosen, threads=1)
+            made[family, recipe] = model, compressed
+        model, compressed = made[family, recipe]
+        return copy.deepcopy(model), compressed
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def both(compressed_model: Callable[..., Any]) -> Callable[..., Any]:
+    """both(family, recipe): with the dense state dict, and converted; and the Compressed."""
+    import models
+
+    from foldprune.torch import convert
+
+    def make(family: str, recipe: str, **kwargs: Any) -> tuple[Any, Any, Any]:
+        model, compressed = compressed_model(family, recipe)
+        return models.loaded(model, compressed), convert(model, compressed, **kwargs), compressed
+
+    return make
