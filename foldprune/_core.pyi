@@ -140,7 +140,8 @@ def damage(w: _Array, w_new: _Array, c: _Array, threads: int = 1) -> tuple[_Arra
 # key_mask: bool (batch, m), True = visible. See csrc/include/foldprune_attention.h.
 
 # out (batch, heads, n, dim), a view of (batch, n, heads, dim); lse: float64 (batch, heads, n);
-# nodes: int32 (batch, kv_heads), 0 where exact. method: "auto", "exact", "nodes".
+# nodes: int32 (batch, kv_heads), 0 where exact. method: "auto", "exact", "nodes". dropout: of the
+# softmax's weights, in [0, 1), by the seed.
 def attention(
     q: _Array,
     k: _Array,
@@ -152,6 +153,8 @@ def attention(
     tol: float = 1e-6,
     threads: int = 1,
     isa: str | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> tuple[_Array, _Array, _Array]: ...
 
 # (dq, dk, dv) of sum(dout * out), in q's, k's and v's shapes; out, lse and nodes as returned.
@@ -168,6 +171,8 @@ def attention_backward(
     key_mask: _Array | None = None,
     threads: int = 1,
     isa: str | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> tuple[_Array, _Array, _Array]: ...
 
 # A state of decoding by nodes, see fp_nodes_state: low, high, key_range, size, sum, reference, out;

@@ -67,8 +67,53 @@ def test_gradcheck() -> None:
 def test_operator_is_registered_in_full() -> None:
     q, k, v = tensors(dtype=torch.float32)
     torch.library.opcheck(
-        torch.ops.foldprune.folded_attention.default, (q, k, v, None, 1.0, True, 1e-6)
+        torch.ops.foldprune.folded_attention.default,
+        (q, k, v, None, torch.tensor(3), 0.2, 1.0, True, 1e-6),
     )
+
+
+def dropped(seed: int, n: int, m: int, dropout: float) -> Any:
+    """(2, 4, n, m) bool: the weights that are, as equal ones meet values that tell them apart."""
+    q, k = torch.zeros(2, 4, n, 2), torch.zeros(2, 2, m, 2)
+    torch.manual_seed(seed)
+    return folded_attention(q, k, torch.eye(m).expand(2, 2, m, m), dropout=dropout) == 0
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_is_that_of_the_definition(rank: int, causal: bool) -> None:
+    n, m, share = 70, 300, 0.3
+    zero = dropped(4, n, m, share)
+    assert abs(float(zero.double().mean()) - share) < 6 * (share / zero.numel()) ** 0.5
+    found, expected = tensors(n, m, rank), tensors(n, m, rank)
+    key_mask = torch.ones(2, m, dtype=torch.bool)
+    key_mask[1, 250:] = False
+    torch.manual_seed(4)
+    out = folded_attention(*found, key_mask=key_mask, causal=causal, dropout=share)
+    q, k, v = (t if i == 0 else t.repeat_interleave(2, 1) for i, t in enumerate(expected))
+    visible = key_mask[:, None, None, :]
+    if causal:
+        visible = visible & torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    weights = (q @ k.mT).masked_fill(~visible, -torch.inf).softmax(-1)
+    reference = (weights * ~zero / (1 - share)) @ v
+    assert torch.allclose(out, reference, atol=1e-12)
+    (out**2).sum().backward()
+    (reference**2).sum().backward()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-11)
+
+
+def test_dropout_follows_torchs_generator() -> None:
+    first = dropped(1, 5, 40, 0.5)
+    assert torch.equal(dropped(1, 5, 40, 0.5), first)
+    assert not torch.equal(dropped(2, 5, 40, 0.5), first)
+    once = tensors(rank=2)
+    folded_attention(*once, dropout=0.5).sum().backward()
+    state = torch.get_rng_state()
+    folded_attention(*once)  # without it no number is drawn
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError):
+        folded_attention(*once, dropout=1.0)
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -148,11 +193,56 @@ def test_a_decoder_of_rank_one_takes_linear_time(
     assert calls
 
 
-@pytest.mark.parametrize("reason", ["a mask of its own", "eager", "dropout", "rank"])
-def test_what_is_not_linear_is_left_to_the_model(
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama-gqa"])
+def test_fewer_dimensions_than_values(
+    make_model: Callable[..., Any], calls: list[dict[str, Any]], family: str
+) -> None:
+    expected, model = pair(make_model(family), Recipe(irc=2))
+    ids = torch.randint(3, 89, (2, 31), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, expected(ids).logits, atol=1e-4)
+    assert len(calls) == 2
+    if family == "bert":
+        return
+    calls.clear()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids[:1], **options), expected.generate(ids[:1], **options))
+    assert len(calls) == 2  # of the prompt; single queries go elsewhere
+
+
+def test_dropout_of_a_model(make_model: Callable[..., Any], calls: list[dict[str, Any]]) -> None:
+    """Outputs vary about those without, recomputed ones are the same."""
+    _, model = pair(make_model("bert"), Recipe(irc=2, dwc="pivot"))
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    ids = torch.randint(3, 89, (2, 31), generator=torch.Generator().manual_seed(3))
+    block = model.bert.encoder.layer[0].attention.self
+    x = torch.randn(2, 31, 48, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = block(x)[0]
+        block.train()
+        mean = sum(block(x)[0] for _ in range(400)) / 400
+    assert [call["dropout"] for call in calls] == [0.0] + 400 * [0.1]
+    assert float((mean - expected).abs().mean()) < 0.05 * float(expected.abs().mean())
+
+    def gradients() -> list[Any]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    model.train()
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), plain, strict=True))
+
+
+@pytest.mark.parametrize("reason", ["a mask of its own", "eager", "all dropped", "rank"])
+def test_what_is_left_to_the_model(
     make_model: Callable[..., Any], calls: list[dict[str, Any]], reason: str
 ) -> None:
-    expected, model = pair(make_model("gpt2"), Recipe(irc=2 if reason == "rank" else 1))
+    expected, model = pair(make_model("gpt2"), Recipe(irc=12 if reason == "rank" else 1))
     ids = torch.randint(3, 89, (2, 13), generator=torch.Generator().manual_seed(3))
     options = {}
     if reason == "a mask of its own":  # causal and padded
@@ -161,10 +251,12 @@ def test_what_is_not_linear_is_left_to_the_model(
     if reason == "eager":
         for m in (model, expected):
             m.set_attn_implementation("eager")
-    if reason == "dropout":
+    if reason == "all dropped":
         model.train()
+        for block in model.transformer.h:
+            block.attn._dropout = 1.0
     with torch.no_grad():
         found, reference = model(ids, **options).logits, expected(ids, **options).logits
     assert not calls
-    if reason != "dropout":
+    if reason != "all dropped":
         assert torch.allclose(found[:, 4:], reference[:, 4:], atol=1e-4)

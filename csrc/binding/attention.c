@@ -108,16 +108,18 @@ static const char *const methods[] = {"auto", "exact", "nodes", NULL};
 
 PyObject *py_attention(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"q",      "k",   "v",       "scale", "causal", "key_mask",
-                            "method", "tol", "threads", "isa",   NULL};
+    static char *names[] = {"q",   "k",       "v",   "scale",   "causal", "key_mask", "method",
+                            "tol", "threads", "isa", "dropout", "seed",   NULL};
     PyObject *objects[3], *mask = Py_None;
     fp_attention a = {.scale = 1.0, .tol = 1e-6};
     int type, method, threads = 1;
     const char *isa = NULL, *name = "auto";
     fp_rows rows;
     fp_status status = FP_ERR_ARGUMENT;
-    PARSE("OOO|dpOsdiz", &objects[0], &objects[1], &objects[2], &a.scale, &a.causal, &mask, &name,
-          &a.tol, &threads, &isa)
+    unsigned long long seed = 0;
+    PARSE("OOO|dpOsdizdK", &objects[0], &objects[1], &objects[2], &a.scale, &a.causal, &mask, &name,
+          &a.tol, &threads, &isa, &a.dropout, &seed)
+    a.seed = seed;
     const fp_kernels *kernels = kernels_named(module, isa);
     if (!kernels || problem_from(objects, mask, &a, &type) ||
         choice_from(name, "method", methods, &method))
@@ -170,8 +172,9 @@ static int results_from(PyObject *const objects[4], const fp_attention *a, int t
 
 PyObject *py_attention_backward(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"dout",  "q",      "k",        "v",       "out", "lse", "nodes",
-                            "scale", "causal", "key_mask", "threads", "isa", NULL};
+    static char *names[] = {"dout",    "q",     "k",       "v",      "out",
+                            "lse",     "nodes", "scale",   "causal", "key_mask",
+                            "threads", "isa",   "dropout", "seed",   NULL};
     PyObject *inputs[3], *results[4], *mask = Py_None;
     fp_attention a = {.scale = 1.0, .tol = 1, .method = FP_ATTENTION_EXACT};
     int type, threads = 1;
@@ -179,8 +182,10 @@ PyObject *py_attention_backward(PyObject *module, PyObject *args, PyObject *kwar
     fp_rows out, dout, dq, dk, dv;
     PyArrayObject *lse, *nodes, *gradients[3] = {NULL, NULL, NULL};
     fp_status status = FP_ERR_ARGUMENT;
-    PARSE("OOOOOOO|dpOiz", &results[0], &inputs[0], &inputs[1], &inputs[2], &results[1],
-          &results[2], &results[3], &a.scale, &a.causal, &mask, &threads, &isa)
+    unsigned long long seed = 0;
+    PARSE("OOOOOOO|dpOizdK", &results[0], &inputs[0], &inputs[1], &inputs[2], &results[1],
+          &results[2], &results[3], &a.scale, &a.causal, &mask, &threads, &isa, &a.dropout, &seed)
+    a.seed = seed;
     const fp_kernels *kernels = kernels_named(module, isa);
     if (!kernels || problem_from(inputs, mask, &a, &type) ||
         results_from(results, &a, type, &dout, &out, &lse, &nodes))

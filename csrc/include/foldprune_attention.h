@@ -35,6 +35,10 @@ typedef struct fp_attention {
     const uint8_t *key_mask;
     fp_attention_method method;
     double tol; /* of the nodes' outputs, relative to the head's largest |v|; positive */
+    /* In [0, 1): each weight of the softmax is zero with this probability, by `seed`, batch, head,
+     * query and key alone, and the others grow by 1 / (1 - dropout). Not with nodes. */
+    double dropout;
+    uint64_t seed;
 } fp_attention;
 
 /* out: rows like q's with value_dim columns. lse (batch x heads x n): log of the sum of exp(logit)

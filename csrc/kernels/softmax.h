@@ -10,6 +10,7 @@
 #define FOLDPRUNE_SOFTMAX_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 struct fp_softmax_kernels {
     /* Largest of s, hidden ones set to -inf first; -inf if nothing is visible. NaNs may be
@@ -25,6 +26,9 @@ struct fp_softmax_kernels {
      * are never stored. */
     float (*exponentials1)(float a, const float *b, float reference, const float *hidden, size_t n,
                            float *p);
+
+    /* p[j] = -p[j] where fp_is_dropped(row, first + j, limit). */
+    void (*drop)(const uint32_t row[2], uint32_t first, uint32_t limit, size_t n, float *p);
 };
 
 extern const struct fp_softmax_kernels fp_softmax_scalar;
@@ -33,6 +37,26 @@ extern const struct fp_softmax_kernels fp_softmax_avx512;
 #define fp_softmax_neon fp_softmax_scalar /* no variant yet */
 
 enum { FP_SOFTMAX_LANES = 16 };
+
+/* Whether a row of weights drops key j, with probability limit / 2^32: a hash of the row's two
+ * random numbers and j (multipliers and shifts of C. Wellons' lowbias32), so that the backward pass
+ * finds the same again without a matrix of queries by keys. */
+static inline int fp_is_dropped(const uint32_t row[2], uint32_t j, uint32_t limit)
+{
+    uint32_t x = j * UINT32_C(0x9e3779b1) + row[0];
+    x = (x ^ x >> 16) * UINT32_C(0x7feb352d) + row[1];
+    x = (x ^ x >> 15) * UINT32_C(0x846ca68b);
+    return (x ^ x >> 16) < limit;
+}
+
+/* The loop of `drop`, which compilers make vectors of in each variant's file. */
+#define FP_DEFINE_DROP                                                                             \
+    static void drop(const uint32_t row[2], uint32_t first, uint32_t limit, size_t n, float *p)    \
+    {                                                                                              \
+        const uint32_t key[2] = {row[0], row[1]};                                                  \
+        for (size_t j = 0; j < n; j++)                                                             \
+            p[j] = fp_is_dropped(key, first + (uint32_t)j, limit) ? -p[j] : p[j];                  \
+    }
 
 /* exp(x) = 2^n exp(r) with n = round(x log2(e)) and r = x - n ln 2 in two steps. Adding ROUND and
  * subtracting it rounds; its low bits then hold n. The polynomial is Cephes' expf. */

@@ -115,6 +115,8 @@
         return halves_sum(sum);                                                                    \
     }                                                                                              \
                                                                                                    \
-    const struct fp_softmax_kernels fp_softmax_##isa = {largest, exponentials, exponentials1};
+    FP_DEFINE_DROP                                                                                 \
+                                                                                                   \
+    const struct fp_softmax_kernels fp_softmax_##isa = {largest, exponentials, exponentials1, drop};
 
 #endif

@@ -66,4 +66,6 @@ static float exponentials1(float a, const float *b, float reference, const float
     return lane_sum(lanes);
 }
 
-const struct fp_softmax_kernels fp_softmax_scalar = {largest, exponentials, exponentials1};
+FP_DEFINE_DROP
+
+const struct fp_softmax_kernels fp_softmax_scalar = {largest, exponentials, exponentials1, drop};

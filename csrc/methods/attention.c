@@ -23,6 +23,8 @@ fp_status fp_attention_check(const fp_attention *a)
         return FP_ERR_DTYPE;
     if (!a->kv_heads || a->heads % a->kv_heads || (a->method == FP_ATTENTION_NODES && a->rank != 1))
         return FP_ERR_SHAPE;
+    if (!(a->dropout >= 0 && a->dropout < 1) || (a->dropout > 0 && a->method == FP_ATTENTION_NODES))
+        return FP_ERR_RANGE;
     if (!isfinite(a->scale) || !isfinite(a->tol) || a->tol <= 0)
         return FP_ERR_VALUE;
     if (a->rank > INT32_MAX || a->value_dim > INT32_MAX || !fits(a->batch, a->heads) ||
@@ -40,8 +42,8 @@ fp_status fp_attention_check(const fp_attention *a)
 static int nodes_sound(const fp_attention *a, const int32_t *nodes)
 {
     for (size_t i = 0; i < a->batch * a->kv_heads; i++) {
-        if (nodes[i] && (a->rank != 1 || a->method == FP_ATTENTION_EXACT || !a->n || !a->m ||
-                         nodes[i] < 0 || nodes[i] > FP_MOST_NODES || nodes[i] % FP_LEAST_NODES))
+        if (nodes[i] && (!fp_may_have_nodes(a) || !a->n || !a->m || nodes[i] < 0 ||
+                         nodes[i] > FP_MOST_NODES || nodes[i] % FP_LEAST_NODES))
             return 0;
     }
     return 1;
@@ -78,7 +80,7 @@ static int threads_of(const fp_attention *a, int threads)
 {
     double heads = (double)a->batch * (double)a->heads, n = (double)a->n, m = (double)a->m;
     double pairs = a->causal ? 0.5 * n * m : n * m, linear = 64 * (n + m);
-    if (a->rank == 1 && a->method != FP_ATTENTION_EXACT && linear < pairs)
+    if (fp_may_have_nodes(a) && linear < pairs)
         pairs = linear;
     double products = pairs * ((double)a->rank + (double)a->value_dim + 16);
     return fp_threads_for(heads * products, fp_clamp_threads(threads));

@@ -72,6 +72,11 @@ static inline int fp_threads_for(double products, int threads)
     return most < 1 ? 1 : most < threads ? (int)most : threads;
 }
 
+static inline int fp_may_have_nodes(const fp_attention *a)
+{
+    return a->rank == 1 && a->method != FP_ATTENTION_EXACT && !(a->dropout > 0);
+}
+
 /* FP_OK if a problem can be worked on. */
 fp_status fp_attention_check(const fp_attention *a);
 

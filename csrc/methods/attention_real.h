@@ -50,6 +50,14 @@ static double row_exponentials1(const fp_kernels *kernels, double a, const doubl
         sum += p[j] = hidden && signbit(hidden[j]) ? 0 : exp(a * (b[j] - reference));
     return sum;
 }
+
+static void row_drop(const fp_kernels *kernels, const uint32_t row[2], uint32_t first,
+                     uint32_t limit, size_t n, double *p)
+{
+    (void)kernels;
+    for (size_t j = 0; j < n; j++)
+        p[j] = fp_is_dropped(row, first + (uint32_t)j, limit) ? -p[j] : p[j];
+}
 #else
 static float row_largest(const fp_kernels *kernels, float *s, const float *hidden, size_t n)
 {
@@ -65,6 +73,12 @@ static float row_exponentials1(const fp_kernels *kernels, float a, const float *
                                const float *hidden, size_t n, float *p)
 {
     return kernels->softmax->exponentials1(a, b, reference, hidden, n, p);
+}
+
+static void row_drop(const fp_kernels *kernels, const uint32_t row[2], uint32_t first,
+                     uint32_t limit, size_t n, float *p)
+{
+    kernels->softmax->drop(row, first, limit, n, p);
 }
 #endif
 
@@ -165,6 +179,41 @@ static void load_keys(const keys *ks, size_t begin, size_t width, scratch *s)
     }
 }
 
+/* Dropout of a tile: its first row is this one of all queries of all heads. */
+typedef struct dropout {
+    uint64_t seed, first;
+    uint32_t limit;
+} dropout;
+
+/* NULL if there is none. */
+static const dropout *dropout_of(const fp_attention *a, size_t batch, size_t head, size_t query,
+                                 dropout *d)
+{
+    *d = (dropout){.seed = a->seed,
+                   .first = ((uint64_t)batch * a->heads + head) * a->n + query,
+                   .limit = (uint32_t)(a->dropout * 4294967296.0)};
+    return a->dropout > 0 ? d : NULL;
+}
+
+/* Gives the weights of row i that are dropped the other sign. Its two random numbers are a step of
+ * SplitMix64 (Steele et al. 2014) after as many as rows come before. */
+static void drop_row(const fp_kernels *kernels, const dropout *d, size_t i, size_t begin, size_t n,
+                     real *p)
+{
+    uint64_t x = d->seed + (d->first + i + 1) * UINT64_C(0x9e3779b97f4a7c15);
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    x ^= x >> 31;
+    const uint32_t row[2] = {(uint32_t)x, (uint32_t)(x >> 32)};
+    row_drop(kernels, row, (uint32_t)begin, d->limit, n, p);
+}
+
+static void without_dropped(const real *p, size_t n, real *kept)
+{
+    for (size_t j = 0; j < n; j++)
+        kept[j] = p[j] > 0 ? p[j] : 0;
+}
+
 /* How many of `width` keys from `begin` on a row with this limit sees. */
 static inline size_t seen_by(ptrdiff_t limit, size_t begin, size_t width)
 {
@@ -217,9 +266,9 @@ static void weigh(const fp_kernels *kernels, rows *r, size_t i, const keys *ks, 
     r->seen[i] = 1;
 }
 
-/* Takes in keys begin .. end; row i sees those before limit + i * step. */
+/* Takes in keys begin .. end; row i sees those before limit + i * step. `drops` may be NULL. */
 static void absorb(const fp_kernels *kernels, rows *r, const keys *ks, size_t begin, size_t end,
-                   ptrdiff_t limit, int step, scratch *s)
+                   ptrdiff_t limit, int step, const dropout *drops, scratch *s)
 {
     ptrdiff_t last = limit + (ptrdiff_t)(r->count - 1) * step;
     end = last < 0 ? 0 : least(end, (size_t)last);
@@ -240,6 +289,10 @@ static void absorb(const fp_kernels *kernels, rows *r, const keys *ks, size_t be
                 seen = 0;
             else
                 weigh(kernels, r, i, ks, begin, seen, p, s);
+            if (drops) {
+                drop_row(kernels, drops, i, begin, seen, p);
+                without_dropped(p, seen, p);
+            }
             memset(p + seen, 0, (width - seen) * sizeof *p);
         }
         if (ks->dim)
@@ -278,10 +331,12 @@ static void exact_tile(const fp_attention_call *c, const keys *ks, size_t batch,
     row_arrays arrays;
     rows r = rows_new(&arrays, s->q, s->out, t.count, ks->dim);
     load_queries(a, batch, head, t.query, t.count, s->q);
-    absorb(c->kernels, &r, ks, 0, a->m, t.limit, t.step, s);
+    dropout d;
+    absorb(c->kernels, &r, ks, 0, a->m, t.limit, t.step, dropout_of(a, batch, head, t.query, &d),
+           s);
     for (size_t i = 0; i < t.count; i++) {
         real *out = at(&c->out, batch, head, t.query + i), *from = s->out + i * ks->dim;
-        real factor = r.seen[i] ? (real)(1 / r.sum[i]) : 0;
+        real factor = r.seen[i] ? (real)(1 / (r.sum[i] * (1 - a->dropout))) : 0;
         for (size_t j = 0; j < ks->dim; j++)
             out[j] = from[j] * factor;
         c->lse[(batch * a->heads + head) * a->n + t.query + i] = row_lse(&r, i, ks->rank);
@@ -291,7 +346,8 @@ static void exact_tile(const fp_attention_call *c, const keys *ks, size_t batch,
 /* ---- backward ---- */
 
 /* Queries and gradients of a tile. With p_ij = exp(s_ij - lse_i) = weight_i exp(s_ij - shift_i),
- * the weight is in dout and dot already; reference as in rows. */
+ * the weight is in dout and dot already, and in dout what weights grow by as others are dropped;
+ * reference as in rows. */
 typedef struct gradients {
     const real *q, *dout; /* count x rank, count x dim */
     real *dq;             /* count x rank, without the scale; added to */
@@ -338,7 +394,7 @@ static void load_gradients(const fp_attention_call *c, size_t batch, size_t head
         const real *out = at(&c->out, batch, head, t.query + i);
         for (size_t j = 0; j < dim; j++) {
             dot += (double)dout[j] * (double)out[j];
-            s->out[i * dim + j] = (real)(weight * dout[j]);
+            s->out[i * dim + j] = (real)(weight / (1 - c->a->dropout) * dout[j]);
         }
         g->dot[i] = (real)(weight * dot);
     }
@@ -347,7 +403,7 @@ static void load_gradients(const fp_attention_call *c, size_t batch, size_t head
 /* Adds what keys begin .. end give to g->dq and receive in dk and dv (rows from key 0 on). */
 static void spread(const fp_kernels *kernels, gradients *g, const keys *ks, size_t begin,
                    size_t end, ptrdiff_t limit, int step, real *dk, size_t dk_row, real *dv,
-                   size_t dv_row, scratch *s)
+                   size_t dv_row, const dropout *drops, scratch *s)
 {
     ptrdiff_t last = limit + (ptrdiff_t)(g->count - 1) * step;
     end = last < 0 ? 0 : least(end, (size_t)last);
@@ -375,10 +431,14 @@ static void spread(const fp_kernels *kernels, gradients *g, const keys *ks, size
                 row_exponentials(kernels, p, g->reference[i], seen);
             }
             memset(p + seen, 0, (width - seen) * sizeof *p);
+            if (drops) {
+                drop_row(kernels, drops, i, begin, seen, p);
+                without_dropped(p, width, s->dp + i * KEYS);
+            }
         }
         if (ks->dim) {
-            const real *v = ks->v + begin * ks->v_row;
-            multiply('T', 'N', width, ks->dim, g->count, s->p, KEYS, g->dout, ks->dim, 1,
+            const real *v = ks->v + begin * ks->v_row, *kept = drops ? s->dp : s->p;
+            multiply('T', 'N', width, ks->dim, g->count, kept, KEYS, g->dout, ks->dim, 1,
                      dv + begin * dv_row, dv_row);
             multiply('N', 'T', g->count, width, ks->dim, g->dout, ks->dim, v, ks->v_row, 0, s->dp,
                      KEYS);
@@ -387,6 +447,8 @@ static void spread(const fp_kernels *kernels, gradients *g, const keys *ks, size
         }
         for (size_t i = 0; i < g->count; i++) {
             real *p = s->p + i * KEYS, *dp = s->dp + i * KEYS;
+            for (size_t j = 0; j < width && drops; j++) /* -p (2 dot - dot) = p (0 - dot) */
+                dp[j] = signbit(p[j]) ? 2 * g->dot[i] : dp[j];
             for (size_t j = 0; j < width; j++)
                 p[j] *= dp[j] - g->dot[i];
         }
@@ -408,6 +470,7 @@ static void exact_slice(const fp_attention_call *c, const keys *ks, size_t batch
     const fp_tiling tiling = fp_tiling_of(a);
     size_t group = a->heads / a->kv_heads;
     gradients g;
+    dropout d;
     for (size_t h = 0; h < group; h++) {
         for (size_t i = 0; i < tiling.count; i++) {
             size_t head = kv_head * group + h;
@@ -415,7 +478,8 @@ static void exact_slice(const fp_attention_call *c, const keys *ks, size_t batch
             load_queries(a, batch, head, t.query, t.count, s->q);
             load_gradients(c, batch, head, t, &g, s);
             spread(c->kernels, &g, ks, begin, end, t.limit, t.step, at(&c->dk, batch, kv_head, 0),
-                   (size_t)c->dk.row, at(&c->dv, batch, kv_head, 0), (size_t)c->dv.row, s);
+                   (size_t)c->dk.row, at(&c->dv, batch, kv_head, 0), (size_t)c->dv.row,
+                   dropout_of(a, batch, head, t.query, &d), s);
             memcpy(dq + (h * a->n + t.query) * a->rank, s->dq, t.count * a->rank * sizeof *dq);
         }
     }

@@ -76,7 +76,7 @@ static size_t lay_out(run *r, int threads, char *base)
     size_t used = 0, heads = heads_of(a), workers = (size_t)threads;
     r->tiling = fp_tiling_of(a);
     r->slices = fp_slices_of(a);
-    r->with_nodes = a->rank == 1 && a->method != FP_ATTENTION_EXACT;
+    r->with_nodes = fp_may_have_nodes(a);
     r->capacity = r->with_nodes ? terms_capacity(a) : 0;
     r->parts = a->causal ? (a->m ? (a->m - 1) / chunk_of(NODES_STEP) + 1 : 1)
                          : least(PARTS, r->tiling.count);

@@ -82,7 +82,7 @@ static size_t build(const fp_attention_call *c, const keys *ks, series *s, doubl
         double *l = s->l + i * terms, *lse = s->lse + i * terms;
         real *f = s->f + i * terms * dim;
         for (size_t g = 0; g * QUERIES < terms; g++)
-            absorb(c->kernels, &group[g], ks, begin, end, (ptrdiff_t)end, 0, work);
+            absorb(c->kernels, &group[g], ks, begin, end, (ptrdiff_t)end, 0, NULL, work);
         begin = end;
         if (!node_values(s, group, dim, lse, w)) {
             memset(f, 0, terms * dim * sizeof *f);
@@ -217,7 +217,7 @@ static void nodes_tile(const fp_attention_call *c, const keys *ks, const series 
             multiply('T', 'N', t.count, dim, s->terms, work->basis_real, QUERIES,
                      s->f + prefix * s->terms * dim, dim, 0, work->series, dim);
     }
-    absorb(c->kernels, &r, ks, before, a->m, t.limit, t.step, work);
+    absorb(c->kernels, &r, ks, before, a->m, t.limit, t.step, NULL, work);
     for (size_t i = 0; i < t.count; i++) {
         real *out = at(&c->out, batch, head, t.query + i);
         const real *own = work->out + i * dim, *prior = work->series + i * dim;
@@ -309,7 +309,7 @@ static void nodes_tile_backward(const fp_attention_call *c, const keys *ks, cons
         prefix_gradients(c, s, prefix, batch, head, t, *to, da, work);
     load_gradients(c, batch, head, t, &g, work);
     spread(c->kernels, &g, ks, before, a->m, t.limit, t.step, at(&c->dk, batch, kv_head, 0),
-           (size_t)c->dk.row, at(&c->dv, batch, kv_head, 0), (size_t)c->dv.row, work);
+           (size_t)c->dk.row, at(&c->dv, batch, kv_head, 0), (size_t)c->dv.row, NULL, work);
     for (size_t i = 0; i < t.count; i++)
         *at(&c->dq, batch, head, t.query + i) = (real)(a->scale * (da[i] + (double)work->dq[i]));
 }
@@ -356,7 +356,7 @@ static void keys_from_series(const fp_attention_call *c, const keys *ks, const s
                     work->out[r * dim + j] = (real)(weight * w->carry[t * dim + j]);
             }
             spread(c->kernels, &g, ks, begin, end, (ptrdiff_t)end, 0, at(&c->dk, batch, kv_head, 0),
-                   (size_t)c->dk.row, at(&c->dv, batch, kv_head, 0), (size_t)c->dv.row, work);
+                   (size_t)c->dk.row, at(&c->dv, batch, kv_head, 0), (size_t)c->dv.row, NULL, work);
         }
     }
 }

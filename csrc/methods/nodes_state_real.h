@@ -119,7 +119,8 @@ static void append_head(void *context, size_t head, int worker)
     rows group[GROUPS];
     begin_nodes(&s, group, ks.dim, &r->node_work[worker]);
     for (size_t g = 0; g * QUERIES < s.terms; g++) {
-        absorb(r->call->kernels, &group[g], &ks, 0, a->m, (ptrdiff_t)a->m, 0, &r->scratch[worker]);
+        absorb(r->call->kernels, &group[g], &ks, 0, a->m, (ptrdiff_t)a->m, 0, NULL,
+               &r->scratch[worker]);
         for (size_t i = 0; i < group[g].count; i++)
             if (group[g].seen[i])
                 merge_row(state, head * s.terms + g * QUERIES + i, &group[g], i, ks.dim);

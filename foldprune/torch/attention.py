@@ -42,10 +42,10 @@ class FoldedAttention(nn.Module):
     Made by ``foldprune.torch.convert`` in place of a transformers attention module, and called as
     that is. Queries and keys of heads with fewer rows, or fewer planes under rotary embedding, are
     filled up with zeros to the largest of the block; the key/value cache holds the folded ones.
-    The softmax is scaled as before. With one dimension a head it takes linear time
-    (``foldprune.folded_attention``, float32 on the CPU, no mask but a causal or a padding one, no
-    dropout); else it goes through the attention function that the model is configured for ("sdpa",
-    "eager").
+    The softmax is scaled as before. With fewer dimensions a head than values have, or dropout, and
+    in linear time with one, it is ``foldprune.folded_attention``'s where that means the same as
+    transformers' "sdpa" (float32 on the CPU, no mask but a causal or a padding one); else it goes
+    through the attention function that the model is configured for ("sdpa", "eager").
     """
 
     def __init__(
@@ -186,11 +186,20 @@ class FoldedAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, length, heads, head_dim), and the weights where the function gives them."""
-        if key.shape[-1] == 1 and self._linear(query, mask, kwargs):
+        dropout = self._dropout if self.training else 0.0
+        rank, dim = key.shape[-1], value.shape[-1]
+        faster = rank == 1 or (query.shape[2] > 1 and (rank < dim or dropout > 0))
+        if faster and dropout < 1 and self._means_the_same(query, mask, kwargs):
             causal = mask is None and self._is_causal(query, kwargs)
             key_mask = None if mask is None else _key_mask(mask, key.shape[2])
             output = folded_attention(
-                query, key, value, key_mask=key_mask, scale=self.scaling, causal=causal
+                query,
+                key,
+                value,
+                key_mask=key_mask,
+                scale=self.scaling,
+                causal=causal,
+                dropout=dropout,
             )
             return output.transpose(1, 2), None
         transformers = sys.modules["transformers.modeling_utils"]
@@ -198,7 +207,7 @@ class FoldedAttention(nn.Module):
         attend = transformers.ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager
         )
-        missing = value.shape[-1] - key.shape[-1]
+        missing = dim - rank
         if missing > 0 and query.shape[2] > 1 and self.config._attn_implementation == "sdpa":
             # torch's fast kernel wants one width: three times as fast as a narrower product by the
             # slow one. A single query's keys are better read as they are
@@ -211,7 +220,7 @@ class FoldedAttention(nn.Module):
             key,
             value,
             mask,
-            dropout=self._dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             **kwargs,
         )
@@ -222,15 +231,14 @@ class FoldedAttention(nn.Module):
         given = kwargs.get("is_causal")
         return query.shape[2] > 1 and bool(self.is_causal if given is None else given)
 
-    def _linear(
+    def _means_the_same(
         self, query: torch.Tensor, mask: torch.Tensor | None, kwargs: Mapping[str, Any]
     ) -> bool:
-        """Whether attention in linear time means the same."""
+        """Whether ``folded_attention`` does."""
         return (
             query.dtype is torch.float32
             and query.is_cpu
             and self.config._attn_implementation == "sdpa"
-            and not (self.training and self._dropout)
             and kwargs.get("position_bias") is None
             and (self.sliding_window is None or query.shape[2] <= self.sliding_window)
             and (mask is None or _is_key_mask(mask))

@@ -14,7 +14,10 @@ from .tensors import from_numpy
 
 __all__ = ["folded_attention"]
 
-_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, bool causal"
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? seed, float dropout, float scale, "
+    "bool causal"
+)
 library.define(  # type: ignore[no-untyped-call]
     f"folded_attention({_ARGUMENTS}, float tol) -> (Tensor, Tensor, Tensor)"
 )
@@ -36,14 +39,18 @@ def folded_attention(
     key_mask: torch.Tensor | None = None,
     scale: float = 1.0,
     causal: bool = False,
+    dropout: float = 0.0,
     tol: float = 1e-6,
 ) -> torch.Tensor:
     """``foldprune.folded_attention`` on tensors, differentiable in q, k and v.
 
     q (batch, heads, n, r), k (batch, kv_heads, m, r), v (batch, kv_heads, m, d), float32 or float64
-    on the CPU; key_mask (batch, m) bool. Returns (batch, heads, n, d).
+    on the CPU; key_mask (batch, m) bool. ``dropout``, in [0, 1): the probability of each weight of
+    the softmax to be dropped; which ones, torch's default generator decides by one number a call.
+    Returns (batch, heads, n, d).
     """
-    out: torch.Tensor = _attention(q, k, v, key_mask, scale, causal, tol)[0]
+    seed = torch.randint(2**63 - 1, ()) if dropout else None
+    out: torch.Tensor = _attention(q, k, v, key_mask, seed, dropout, scale, causal, tol)[0]
     return out
 
 
@@ -75,6 +82,8 @@ def _attention_cpu(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout: float,
     scale: float,
     causal: bool,
     tol: float,
@@ -82,7 +91,7 @@ def _attention_cpu(
     _check(q, k, v)
     out, lse, nodes = _core.attention(
         _array(q), _array(k), _array(v), scale, causal, _mask(key_mask), "auto", tol,
-        torch.get_num_threads(),
+        torch.get_num_threads(), dropout=dropout, seed=0 if seed is None else int(seed),
     )  # fmt: skip
     return from_numpy(out), from_numpy(lse), from_numpy(nodes)
 
@@ -94,6 +103,8 @@ def _backward_cpu(
     k: torch.Tensor,
     v: torch.Tensor,
     key_mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout: float,
     scale: float,
     causal: bool,
     out: torch.Tensor,
@@ -102,7 +113,8 @@ def _backward_cpu(
 ) -> Tensors:
     dq, dk, dv = _core.attention_backward(
         _array(dout), _array(q), _array(k), _array(v), _array(out), lse.numpy(), nodes.numpy(),
-        scale, causal, _mask(key_mask), torch.get_num_threads(),
+        scale, causal, _mask(key_mask), torch.get_num_threads(), dropout=dropout,
+        seed=0 if seed is None else int(seed),
     )  # fmt: skip
     return from_numpy(dq), from_numpy(dk), from_numpy(dv)
 
@@ -122,14 +134,15 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    q, k, v, key_mask, ctx.scale, ctx.causal, _ = inputs
-    ctx.save_for_backward(q, k, v, key_mask, *output)
+    q, k, v, key_mask, seed, ctx.dropout, ctx.scale, ctx.causal, _ = inputs
+    ctx.save_for_backward(q, k, v, key_mask, seed, *output)
 
 
 def _grad(ctx: Any, dout: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, key_mask, *output = ctx.saved_tensors
-    gradients = _backward(dout, q, k, v, key_mask, ctx.scale, ctx.causal, *output)
-    return (*gradients, None, None, None, None)
+    q, k, v, key_mask, seed, *output = ctx.saved_tensors
+    options = seed, ctx.dropout, ctx.scale, ctx.causal
+    gradients = _backward(dout, q, k, v, key_mask, *options, *output)
+    return (*gradients, *[None] * 6)
 
 
 torch.library.register_fake("foldprune::folded_attention", _attention_fake, lib=library)

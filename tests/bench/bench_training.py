@@ -46,8 +46,9 @@ class Task:
     def loss(self, batch: Any) -> torch.Tensor:
         raise NotImplementedError
 
-    def compress(self, rank: int, rate: float) -> None:
-        """Folds attention and prunes, in place, by statistics of a few batches."""
+    def compress(self, rank: int, dwc: str | None, rate: float) -> None:
+        """Folds attention and prunes, in place, by statistics of a few batches. Values that are not
+        folded are pruned."""
         raise NotImplementedError
 
 
@@ -75,10 +76,11 @@ class Reviews(Task):
     def loss(self, batch: Any) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
 
-    def compress(self, rank: int, rate: float) -> None:
+    def compress(self, rank: int, dwc: str | None, rate: float) -> None:
         some = self.batches(99)
         batches = [next(some)[0] for _ in range(16)]
-        recipe = foldprune.Recipe(fpp=rate, fpp_scope="tensor", irc=rank, dwc="slice")
+        groups = ("embedding", "feed_forward", "attention_output", "qkv")
+        recipe = foldprune.Recipe(fpp=rate, fpp_on=groups, fpp_scope="tensor", irc=rank, dwc=dwc)
         _compress(self.model.encoder, batches, recipe)
 
 
@@ -111,12 +113,10 @@ class Bytes(Task):
         loss: torch.Tensor = self.model(batch, labels=batch).loss
         return loss
 
-    def compress(self, rank: int, rate: float) -> None:
+    def compress(self, rank: int, dwc: str | None, rate: float) -> None:
         some = self.batches(99)
-        groups = ("feed_forward", "attention_output")
-        recipe = foldprune.Recipe(
-            fpp=rate, fpp_on=groups, fpp_scope="tensor", irc=rank, dwc="slice"
-        )
+        groups = ("feed_forward", "attention_output", "qkv")
+        recipe = foldprune.Recipe(fpp=rate, fpp_on=groups, fpp_scope="tensor", irc=rank, dwc=dwc)
         _compress(self.model, [next(some) for _ in range(4)], recipe)
 
 
@@ -139,7 +139,7 @@ def _train(task: str, options: dict[str, Any], results: Any) -> None:
     for step in range(options["steps"]):
         begin = time.perf_counter()
         if options["rank"] and step == warm_up:
-            made.compress(options["rank"], options["rate"])
+            made.compress(options["rank"], options["dwc"], options["rate"])
             optimizer = None
         if optimizer is None:
             optimizer = torch.optim.AdamW(made.model.parameters(), made.lr, weight_decay=0.01)
@@ -185,11 +185,11 @@ def run(task: str, **options: Any) -> dict[str, Any]:
     return result
 
 
-def speed(tasks: list[str], threads: list[int], rank: int, rate: float, steps: int) -> None:
+def speed(tasks: list[str], threads: list[int], steps: int, **recipe: Any) -> None:
     for task in tasks:
         for count in threads:
-            dense = run(task, threads=count, steps=steps, rank=0, rate=0.0)
-            ours = run(task, threads=count, steps=steps, rank=rank, rate=rate)
+            dense = run(task, threads=count, steps=steps, rank=0)
+            ours = run(task, threads=count, steps=steps, **recipe)
             print(
                 f"{task}, {count} threads: {dense['step'] / ours['step']:.2f} x the steps a second "
                 f"({1 / dense['step']:.2f} -> {1 / ours['step']:.2f}), optimiser's state "
@@ -199,18 +199,10 @@ def speed(tasks: list[str], threads: list[int], rank: int, rate: float, steps: i
             )
 
 
-def loss(tasks: list[str], threads: int, rank: int, rate: float, steps: int, warm: int) -> None:
+def loss(tasks: list[str], threads: int, steps: int, **recipe: Any) -> None:
     for task in tasks:
-        dense = run(task, threads=threads, steps=steps, rank=0, rate=0.0)
-        ours = run(
-            task,
-            threads=threads,
-            steps=4 * steps,
-            rank=rank,
-            rate=rate,
-            until=dense["loss"],
-            warm_up=warm,
-        )
+        dense = run(task, threads=threads, steps=steps, rank=0)
+        ours = run(task, threads=threads, steps=4 * steps, until=dense["loss"], **recipe)
         print(
             f"{task}: dense {dense['loss']:.3f} first after {dense['wall']:.0f} s and "
             f"{dense['first']} steps of {steps}; compressed {ours['loss']:.3f} after "
@@ -225,15 +217,18 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rank", type=int, default=1)
+    parser.add_argument("--dwc", default="slice", help="or none: values are pruned")
     parser.add_argument("--rate", type=float, default=0.7)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--warm-up", type=int, default=0, help="dense steps before compression")
     args = parser.parse_args()
+    dwc = None if args.dwc == "none" else args.dwc
+    recipe = {"rank": args.rank, "dwc": dwc, "rate": args.rate}
     if args.what == "speed":
-        speed(args.tasks, args.threads, args.rank, args.rate, args.steps or 16)
+        speed(args.tasks, args.threads, args.steps or 16, **recipe)
     else:
-        steps = args.steps or 300
-        loss(args.tasks, max(args.threads), args.rank, args.rate, steps, args.warm_up)
+        threads, steps = max(args.threads), args.steps or 300
+        loss(args.tasks, threads, steps, **recipe, warm_up=args.warm_up)
 
 
 if __name__ == "__main__":

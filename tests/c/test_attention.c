@@ -5,6 +5,7 @@
 #include "foldprune_attention.h"
 #include "lapack.h"
 #include "methods_testing.h"
+#include "softmax.h"
 
 typedef struct shape {
     size_t batch, heads, kv_heads, n, m, rank, dim;
@@ -56,6 +57,21 @@ static double logit(const fp_attention *a, size_t batch, size_t head, size_t i, 
     return a->scale * sum;
 }
 
+/* What dropout makes of a weight. */
+static double dropped(const fp_attention *a, size_t batch, size_t head, size_t i, size_t j,
+                      double weight)
+{
+    uint64_t x = a->seed + (((uint64_t)batch * a->heads + head) * a->n + i + 1) *
+                               UINT64_C(0x9e3779b97f4a7c15);
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    x ^= x >> 31;
+    const uint32_t row[2] = {(uint32_t)x, (uint32_t)(x >> 32)};
+    return fp_is_dropped(row, (uint32_t)j, (uint32_t)(a->dropout * 4294967296.0))
+               ? 0
+               : weight / (1 - a->dropout);
+}
+
 /* Output of one query by the definition; returns the log-sum-exp. */
 static double expected_row(const fp_attention *a, size_t batch, size_t head, size_t i, double *out)
 {
@@ -70,6 +86,7 @@ static double expected_row(const fp_attention *a, size_t batch, size_t head, siz
             continue;
         double p = exp(logit(a, batch, head, i, j) - top);
         total += p;
+        p = dropped(a, batch, head, i, j, p);
         for (size_t c = 0; c < a->value_dim; c++)
             out[c] += p * get(a->v.data, a->dtype, place(&a->v, batch, kv_head, j) + c);
     }
@@ -115,7 +132,7 @@ static void check_gradient(const fp_attention *a, const fp_rows *dout, const fp_
 }
 
 static void test_case(shape s, fp_dtype dtype, int causal, int masked, fp_attention_method method,
-                      const fp_kernels *kernels, int threads)
+                      double dropout, const fp_kernels *kernels, int threads)
 {
     uint8_t *mask = exactly(s.batch * s.m);
     for (size_t i = 0; i < s.batch * s.m; i++)
@@ -135,7 +152,9 @@ static void test_case(shape s, fp_dtype dtype, int causal, int masked, fp_attent
                       .causal = causal,
                       .key_mask = masked ? mask : NULL,
                       .method = method,
-                      .tol = dtype == FP_F64 ? 1e-10 : 1e-6};
+                      .tol = dtype == FP_F64 ? 1e-10 : 1e-6,
+                      .dropout = dropout,
+                      .seed = 20261128};
     fp_rows out = rows_new(dtype, s.batch, s.heads, s.n, s.dim, 0);
     fp_rows dout = rows_new(dtype, s.batch, s.heads, s.n, s.dim, 1);
     fp_rows dq = rows_new(dtype, s.batch, s.heads, s.n, s.rank, 0);
@@ -251,6 +270,17 @@ static void test_refusals(void)
     a.method = FP_ATTENTION_NODES;
     CHECK(fp_attention_work(&a, 1) == 0);
     a.method = FP_ATTENTION_EXACT;
+    const double wrong[] = {-0.1, 1, NAN};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        a.dropout = wrong[i];
+        CHECK(fp_attention_work(&a, 1) == 0);
+    }
+    a.dropout = 0.5;
+    CHECK(fp_attention_work(&a, 1) > 0);
+    a.rank = a.q.row = a.k.row = 1;
+    a.method = FP_ATTENTION_NODES;
+    CHECK(fp_attention_work(&a, 1) == 0); /* nodes know no single weights */
+    a.method = FP_ATTENTION_EXACT;
     a.tol = NAN;
     CHECK(fp_attention_work(&a, 1) == 0);
 }
@@ -268,15 +298,20 @@ int main(void)
         for (int dtype = FP_F32; dtype <= FP_F64; dtype++)
             for (int causal = 0; causal < 2; causal++)
                 for (int masked = 0; masked < 3; masked++)
-                    for (int method = FP_ATTENTION_AUTO; method <= FP_ATTENTION_NODES; method++)
+                    for (int method = FP_ATTENTION_AUTO; method <= FP_ATTENTION_NODES; method++) {
                         if (method != FP_ATTENTION_NODES || shapes[i].rank == 1)
                             test_case(shapes[i], (fp_dtype)dtype, causal, masked,
-                                      (fp_attention_method)method, fp_kernels_default(),
+                                      (fp_attention_method)method, 0, fp_kernels_default(),
                                       1 + (int)i % 2);
+                        if (method != FP_ATTENTION_NODES)
+                            test_case(shapes[i], (fp_dtype)dtype, causal, masked,
+                                      (fp_attention_method)method, 0.4, fp_kernels_default(),
+                                      1 + (int)i % 2);
+                    }
     const char *name;
     for (size_t i = 0; (name = fp_isa_name(i)) != NULL; i++)
         if (fp_kernels_find(name))
-            test_case(shapes[4], FP_F32, 1, 1, FP_ATTENTION_NODES, fp_kernels_find(name), 2);
+            test_case(shapes[4], FP_F32, 1, 1, FP_ATTENTION_NODES, 0, fp_kernels_find(name), 2);
     for (int dtype = FP_F32; dtype <= FP_F64; dtype++)
         test_state((fp_dtype)dtype, 1 + dtype);
     test_refusals();

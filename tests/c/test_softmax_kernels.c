@@ -91,6 +91,14 @@ static void test_case(const struct fp_softmax_kernels *variant, const char *name
     two = variant->exponentials1(0.83f, x, 1.5f, mask, n, b);
     CHECK(same_floats(a, b, n) && same_floats(&one, &two, 1), "%s exponentials1 n=%zu kind=%d",
           name, n, kind);
+
+    const uint32_t row[2] = {random_bits(), random_bits()};
+    const uint32_t limit = n % 7 ? random_bits() : UINT32_MAX * (n % 2), from = random_bits();
+    memcpy(a, x, bytes);
+    memcpy(b, x, bytes);
+    scalar->drop(row, from, limit, n, a);
+    variant->drop(row, from, limit, n, b);
+    CHECK(same_floats(a, b, n), "%s drop n=%zu kind=%d", name, n, kind);
     for (int i = 0; i < 4; i++) {
         CHECK(head_intact(blocks[i], offset), "%s wrote before its row, n=%zu", name, n);
         free(blocks[i]);
@@ -144,9 +152,35 @@ static void test_special_values(void)
     CHECK(fp_softmax_scalar.largest(row, NULL, 0) == -INFINITY, "an empty row");
 }
 
+/* Shares and neighbours' shares of what is dropped, in rows and in columns: within six standard
+ * deviations. */
+static void test_dropping(void)
+{
+    enum { ROWS = 400, KEYS = 500 };
+    static float dropped[ROWS][KEYS];
+    const double share = 0.3, n = (double)ROWS * KEYS;
+    double all = 0, beside = 0, below = 0;
+    for (size_t i = 0; i < ROWS; i++) {
+        const uint32_t row[2] = {random_bits(), random_bits()};
+        for (size_t j = 0; j < KEYS; j++)
+            dropped[i][j] = 1;
+        fp_softmax_scalar.drop(row, 0, (uint32_t)(share * 4294967296.0), KEYS, dropped[i]);
+        for (size_t j = 0; j < KEYS; j++) {
+            all += dropped[i][j] < 0;
+            beside += j && dropped[i][j] < 0 && dropped[i][j - 1] < 0;
+            below += i && dropped[i][j] < 0 && dropped[i - 1][j] < 0;
+        }
+    }
+    CHECK(fabs(all / n - share) < 6 * sqrt(share * (1 - share) / n), "%g dropped", all / n);
+    double both = share * share, width = 6 * sqrt(both / n) + 1.0 / ROWS;
+    CHECK(fabs(beside / n - both) < width && fabs(below / n - both) < width,
+          "%g beside, %g below each other", beside / n, below / n);
+}
+
 int main(void)
 {
     test_accuracy();
+    test_dropping();
     test_special_values();
 #if defined(FP_TEST_EMULATED_AVX512)
     printf("testing avx2 and avx512, emulated\n");
