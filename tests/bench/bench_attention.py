@@ -94,7 +94,7 @@ def bench_error() -> None:
 
 
 def torch_call(
-    arrays: list[np.ndarray], causal: bool, dout: np.ndarray | None = None
+    arrays: list[np.ndarray], causal: bool, dout: np.ndarray | None = None, dropout: float = 0.0
 ) -> Callable[[], object]:
     tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in arrays]
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -102,7 +102,8 @@ def torch_call(
         return lambda: attention(*tensors, is_causal=causal)
     leaves = [x.requires_grad_() for x in tensors]
     gradient = torch.from_numpy(dout)
-    return lambda: torch.autograd.grad(attention(*leaves, is_causal=causal), leaves, gradient)
+    options = {"is_causal": causal, "dropout_p": dropout}
+    return lambda: torch.autograd.grad(attention(*leaves, **options), leaves, gradient)
 
 
 def own_call(
@@ -111,15 +112,18 @@ def own_call(
     method: str,
     threads: int,
     dout: np.ndarray | None = None,
+    dropout: float = 0.0,
 ) -> Callable[[], object]:
     scale = 1.0 if arrays[0].shape[3] == 1 else 1 / math.sqrt(arrays[0].shape[3])
 
     def forward() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return _core.attention(*arrays, scale, causal, None, method, 1e-6, threads)
+        return _core.attention(*arrays, scale, causal, None, method, 1e-6, threads, dropout=dropout)
 
     if dout is None:
         return forward
-    return lambda: _core.attention_backward(dout, *arrays, *forward(), scale, causal, None, threads)
+    return lambda: _core.attention_backward(
+        dout, *arrays, *forward(), scale, causal, None, threads, dropout=dropout
+    )
 
 
 def bench_torch(threads: int, backward: bool) -> None:
@@ -144,6 +148,24 @@ def bench_torch(threads: int, backward: bool) -> None:
             for name in list(calls)[1:]:
                 line += f"   {name} {found[name]:8.2f} ({found['torch'] / found[name]:5.2f})"
             print(line, flush=True)
+
+
+def bench_dropout(threads: int) -> None:
+    print("\nforward and backward with dropout of 0.1, ms: as above")
+    for n in (128, 256, 512):
+        rng = np.random.default_rng(n)
+        dout, values = rng.standard_normal((1, HEADS, n, DIM), np.float32), rows(rng, n, DIM)
+        calls = {
+            "torch": torch_call([rows(rng, n, 64), rows(rng, n, 64), values], False, dout, 0.1)
+        }
+        for rank in (64, 16, 8, 1):
+            folded = [rows(rng, n, rank), rows(rng, n, rank), values]
+            calls[str(rank)] = own_call(folded, False, "exact", threads, dout, 0.1)
+        found = medians(calls, 11)
+        line = f"  n {n:5}   torch {found['torch']:8.2f}"
+        for name in list(calls)[1:]:
+            line += f"   {name} {found[name]:8.2f} ({found['torch'] / found[name]:5.2f})"
+        print(line, flush=True)
 
 
 def bench_decode() -> None:
@@ -182,6 +204,7 @@ def main() -> None:
         bench_slope(threads)
         bench_torch(threads, backward=False)
         bench_torch(threads, backward=True)
+        bench_dropout(threads)
 
 
 if __name__ == "__main__":

