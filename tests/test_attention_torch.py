@@ -14,6 +14,8 @@ from foldprune import Recipe
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from torch._subclasses import FakeTensorMode  # noqa: E402
+
 import foldprune.torch.attention as module  # noqa: E402
 from foldprune.torch import convert  # noqa: E402
 from foldprune.torch.attention_ops import folded_attention  # noqa: E402
@@ -70,6 +72,28 @@ def test_operator_is_registered_in_full() -> None:
         torch.ops.foldprune.folded_attention.default,
         (q, k, v, None, torch.tensor(3), 0.2, 1.0, True, 1e-6),
     )
+
+
+def test_compilers_know_how_results_lie_in_memory() -> None:
+    """Inductor makes its code for the strides that are foretold."""
+    ops = torch.ops.foldprune
+    for rank in (1, 3):
+        q, k, v = (t.detach() for t in tensors(rank=rank))
+        options = (None, torch.tensor(3), 0.2, 1.0, True)
+        real = ops.folded_attention(q, k, v, *options, 1e-6)
+        dout = torch.ones_like(real[0])
+        real = [*real, *ops.folded_attention_backward(dout, q, k, v, *options, *real)]
+        with FakeTensorMode() as mode:
+            q, k, v, dout = (mode.from_tensor(t) for t in (q, k, v, dout))
+            options = (None, mode.from_tensor(options[1]), *options[2:])
+            fake = ops.folded_attention(q, k, v, *options, 1e-6)
+            fake = [*fake, *ops.folded_attention_backward(dout, q, k, v, *options, *fake)]
+        for one, other in zip(real, fake, strict=True):
+            assert (one.shape, one.stride(), one.dtype) == (
+                other.shape,
+                other.stride(),
+                other.dtype,
+            )
 
 
 def dropped(seed: int, n: int, m: int, dropout: float) -> Any:

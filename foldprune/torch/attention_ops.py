@@ -119,18 +119,23 @@ def _backward_cpu(
     return from_numpy(dq), from_numpy(dk), from_numpy(dv)
 
 
+def _rows(like: torch.Tensor, columns: int) -> torch.Tensor:
+    """What the core makes for as many heads and rows: a row's heads lie side by side."""
+    batch, heads, n = like.shape[:3]
+    return like.new_empty((batch, n, heads, columns)).transpose(1, 2)
+
+
 def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tensors:
     _check(q, k, v)
-    batch, heads, n = q.shape[:3]
-    out = v.new_empty((batch, n, heads, v.shape[-1])).transpose(1, 2)
-    lse = v.new_empty((batch, heads, n), dtype=torch.float64)
-    return out, lse, v.new_empty((batch, k.shape[1]), dtype=torch.int32)
+    lse = v.new_empty(q.shape[:3], dtype=torch.float64)
+    nodes = v.new_empty((q.shape[0], k.shape[1]), dtype=torch.int32)
+    return _rows(q, v.shape[-1]), lse, nodes
 
 
 def _backward_fake(
     dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
 ) -> Tensors:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _rows(q, q.shape[-1]), _rows(k, k.shape[-1]), _rows(v, v.shape[-1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
