@@ -239,9 +239,12 @@ def test_attention_of_rank_one_goes_backward_in_linear_time(make_model, family, 
     slow.set_attn_implementation("eager")
     calls = []
     core = attention_ops._core.attention_backward
-    monkeypatch.setattr(
-        attention_ops._core, "attention_backward", lambda *args: calls.append(1) or core(*args)
-    )
+
+    def watched(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return core(*args, **options)
+
+    monkeypatch.setattr(attention_ops._core, "attention_backward", watched)
     batch = padded(1)[0] if family == "bert" else {"input_ids": models.batches(3, 1)[0]}
     mask = batch.get("attention_mask", torch.ones(8, 16)).bool()
     for model in (slow, student):
