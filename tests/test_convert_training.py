@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from converting import close, logits  # noqa: E402
+from ranks import enter, leave  # noqa: E402
 
 from foldprune.torch import (  # noqa: E402
     FoldedAttention,
@@ -103,10 +104,7 @@ def test_gradient_checkpointing(both, token_ids, family):
 
 
 def _ddp_rank(rank: int, path: str, results: Any) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    enter(rank, path)
     model = torch.load(f"{path}/model.pt", weights_only=False)
     ids = torch.load(f"{path}/ids.pt")
     parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -115,7 +113,7 @@ def _ddp_rank(rank: int, path: str, results: Any) -> None:
     parallel(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss.backward()
     optimiser.step()
     torch.save(model.state_dict(), f"{path}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_distributed(both, token_ids, tmp_path):

@@ -16,6 +16,8 @@ from foldprune import FoldpruneWarning, Recipe
 
 torch = pytest.importorskip("torch")
 
+from ranks import enter, leave  # noqa: E402
+
 from foldprune.torch import FPP, PackedLinear, Schedule, to_compressed  # noqa: E402
 
 FAMILIES = ["bert", "gpt2", "llama-gqa", "llama-tied"]
@@ -469,10 +471,7 @@ def test_a_resumed_run_is_the_same(model_of, tmp_path):
 
 
 def _rank(rank: int, path: str) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    enter(rank, path)
     model = torch.load(f"{path}/model.pt", weights_only=False)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(parallel.parameters(), 0.01, momentum=0.9)
@@ -483,7 +482,7 @@ def _rank(rank: int, path: str) -> None:
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     train(parallel, optimizer, fpp, 2, seed=100 + 10 * rank)
     torch.save((model.state_dict(), fpp.history, fpp.done), f"{path}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_distributed(model_of, tmp_path):
