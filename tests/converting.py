@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from foldprune import Recipe
+from foldprune.recipe import GROUPS
 
-ALL = ("embedding", "feed_forward", "attention_output", "qkv")
 RECIPES: dict[str, Recipe | float] = {
-    "weight": Recipe(fpp=0.5, fpp_on=ALL),
-    "2:4": Recipe(fpp=0.5, fpp_granularity="2:4", fpp_on=ALL),
-    "4x1": Recipe(fpp=0.5, fpp_granularity="4x1", fpp_on=ALL),
+    "weight": Recipe(fpp=0.5, fpp_on=GROUPS),
+    "2:4": Recipe(fpp=0.5, fpp_granularity="2:4", fpp_on=GROUPS),
+    "4x1": Recipe(fpp=0.5, fpp_granularity="4x1", fpp_on=GROUPS),
     "neuron": Recipe(fpp=0.5, fpp_granularity="neuron"),
     "row": Recipe(fpp=0.3, fpp_granularity="row", fpp_on=("embedding",)),
     "irc 3": Recipe(irc=3),
@@ -25,7 +25,7 @@ RECIPES: dict[str, Recipe | float] = {
     "remainder": Recipe(dwc=2),
     "dwc lossless": Recipe(dwc="lossless"),
     "both lossless": Recipe.lossless(),
-    "both and pruned": Recipe(irc=2, dwc=3, fpp=0.5, fpp_on=ALL),
+    "both and pruned": Recipe(irc=2, dwc=3, fpp=0.5, fpp_on=GROUPS),
     "paper": Recipe.paper(),
     "rate": 0.35,
 }

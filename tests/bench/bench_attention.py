@@ -126,6 +126,15 @@ def own_call(
     )
 
 
+def print_ratios(line: str, found: dict[str, float]) -> None:
+    """Torch's time, which comes first, and the others' beside it."""
+    torchs, *others = found.values()
+    line += f"   torch {torchs:8.2f}"
+    for name, own in zip(list(found)[1:], others, strict=True):
+        line += f"   {name} {own:8.2f} ({torchs / own:5.2f})"
+    print(line, flush=True)
+
+
 def bench_torch(threads: int, backward: bool) -> None:
     what = "forward and backward" if backward else "forward"
     print(f"\n{what}, ms: torch at 64; ours by rank, and torch's time over it")
@@ -144,10 +153,7 @@ def bench_torch(threads: int, backward: bool) -> None:
                 "1 auto": own_call(one, causal, "auto", threads, dout),
             }
             found = medians(calls, 11 if n < 2048 else 3)
-            line = f"  causal={causal!s:6}n {n:5}   torch {found['torch']:8.2f}"
-            for name in list(calls)[1:]:
-                line += f"   {name} {found[name]:8.2f} ({found['torch'] / found[name]:5.2f})"
-            print(line, flush=True)
+            print_ratios(f"  causal={causal!s:6}n {n:5}", found)
 
 
 def bench_dropout(threads: int) -> None:
@@ -162,10 +168,7 @@ def bench_dropout(threads: int) -> None:
             folded = [rows(rng, n, rank), rows(rng, n, rank), values]
             calls[str(rank)] = own_call(folded, False, "exact", threads, dout, 0.1)
         found = medians(calls, 11)
-        line = f"  n {n:5}   torch {found['torch']:8.2f}"
-        for name in list(calls)[1:]:
-            line += f"   {name} {found[name]:8.2f} ({found['torch'] / found[name]:5.2f})"
-        print(line, flush=True)
+        print_ratios(f"  n {n:5}", found)
 
 
 def bench_decode() -> None:

@@ -29,6 +29,7 @@ import transformers
 import foldprune
 from foldprune.eval import datasets
 from foldprune.eval.finetune import Classifier, Texts
+from foldprune.recipe import GROUPS
 from foldprune.torch import calibrate, convert
 
 TOKENS = 512  # of a sequence of the GPT-2-shaped model
@@ -80,8 +81,7 @@ class Reviews(Task):
     def compress(self, rank: int, dwc: str | None, rate: float) -> None:
         some = self.batches(99)
         batches = [next(some)[0] for _ in range(16)]
-        groups = ("embedding", "feed_forward", "attention_output", "qkv")
-        recipe = foldprune.Recipe(fpp=rate, fpp_on=groups, fpp_scope="tensor", irc=rank, dwc=dwc)
+        recipe = foldprune.Recipe(fpp=rate, fpp_on=GROUPS, fpp_scope="tensor", irc=rank, dwc=dwc)
         _compress(self.model.encoder, batches, recipe)
 
 
