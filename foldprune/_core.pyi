@@ -201,6 +201,9 @@ def nodes_attend(
     threads: int = 1,
 ) -> tuple[_Array | None, _Array]: ...
 
+# x (float32 or float64, contiguous) with dropout of probability p in [0, 1), by the seed
+def dropout(x: _Array, p: float, seed: int, threads: int = 1, isa: str | None = None) -> _Array: ...
+
 # Packed matrices: (rows, cols, mask, offset, values, scale), see fp_packed in
 # csrc/include/foldprune.h. mask: uint64 words; offset: uint64, packed_offsets' answer for the mask,
 # and trusted; values None where they are not needed; scale: float32 (rows,) for int8 values.

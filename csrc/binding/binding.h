@@ -104,6 +104,7 @@ DECLARE(attention);
 DECLARE(attention_backward);
 DECLARE(nodes_append);
 DECLARE(nodes_attend);
+DECLARE(dropout);
 DECLARE(packed_mask);
 DECLARE(packed_offsets);
 DECLARE(packed_fill);

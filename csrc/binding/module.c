@@ -80,6 +80,7 @@ static PyMethodDef methods[] = {
     METHOD(attention_backward),
     METHOD(nodes_append),
     METHOD(nodes_attend),
+    METHOD(dropout),
     METHOD(packed_mask),
     METHOD(packed_offsets),
     METHOD(packed_fill),

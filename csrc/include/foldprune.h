@@ -327,6 +327,14 @@ size_t fp_damage_work(size_t cols, int threads);
 fp_status fp_damage(const fp_matrix *w, const fp_matrix *w_new, const double *c, double *numerator,
                     double *denominator, int threads, void *work, size_t work_bytes);
 
+/* ---- dropout (methods/dropout.c) ----------------------------------------------------- */
+
+/* y = x where it is kept, times 1 / (1 - p), and 0 * x where it is not: with probability p in
+ * [0, 1), by `seed` and place alone. FP_F32 or FP_F64; y may be x. The gradient is the same
+ * function of the gradient. */
+fp_status fp_dropout(const fp_kernels *kernels, const void *x, fp_dtype dtype, size_t n, double p,
+                     uint64_t seed, void *y, int threads);
+
 /* ---- matrices that run packed (methods/packed.c) ------------------------------------- *
  * W (rows x cols) is cut into tiles of FP_TILE x FP_TILE, a row of tiles after the other; those at
  * the right and lower edges are smaller. A tile has one mask word for every row, bit j for its

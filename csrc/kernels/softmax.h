@@ -49,6 +49,24 @@ static inline int fp_is_dropped(const uint32_t row[2], uint32_t j, uint32_t limi
     return (x ^ x >> 16) < limit;
 }
 
+/* The two random numbers of a row: a step of SplitMix64 (Steele et al. 2014) after as many as rows
+ * come before. */
+static inline void fp_drop_row(uint64_t seed, uint64_t index, uint32_t row[2])
+{
+    uint64_t x = seed + (index + 1) * UINT64_C(0x9e3779b97f4a7c15);
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    x ^= x >> 31;
+    row[0] = (uint32_t)x;
+    row[1] = (uint32_t)(x >> 32);
+}
+
+/* Of a probability in [0, 1). */
+static inline uint32_t fp_drop_limit(double probability)
+{
+    return (uint32_t)(probability * 4294967296.0);
+}
+
 /* The loop of `drop`, which compilers make vectors of in each variant's file. */
 #define FP_DEFINE_DROP                                                                             \
     static void drop(const uint32_t row[2], uint32_t first, uint32_t limit, size_t n, float *p)    \

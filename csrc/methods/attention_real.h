@@ -191,20 +191,16 @@ static const dropout *dropout_of(const fp_attention *a, size_t batch, size_t hea
 {
     *d = (dropout){.seed = a->seed,
                    .first = ((uint64_t)batch * a->heads + head) * a->n + query,
-                   .limit = (uint32_t)(a->dropout * 4294967296.0)};
+                   .limit = fp_drop_limit(a->dropout)};
     return a->dropout > 0 ? d : NULL;
 }
 
-/* Gives the weights of row i that are dropped the other sign. Its two random numbers are a step of
- * SplitMix64 (Steele et al. 2014) after as many as rows come before. */
+/* Gives the weights of row i that are dropped the other sign. */
 static void drop_row(const fp_kernels *kernels, const dropout *d, size_t i, size_t begin, size_t n,
                      real *p)
 {
-    uint64_t x = d->seed + (d->first + i + 1) * UINT64_C(0x9e3779b97f4a7c15);
-    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
-    x ^= x >> 31;
-    const uint32_t row[2] = {(uint32_t)x, (uint32_t)(x >> 32)};
+    uint32_t row[2];
+    fp_drop_row(d->seed, d->first + i, row);
     row_drop(kernels, row, (uint32_t)begin, d->limit, n, p);
 }
 

@@ -4,6 +4,7 @@ from .attention import FoldedAttention
 from .calibrate import calibrate
 from .collect import to_compressed
 from .convert import convert
+from .dropout import Dropout
 from .modules import PackedEmbedding, PackedLinear
 from .recover import Recovery, recover
 from .refold import refold
@@ -14,6 +15,7 @@ from .training import FPP, Event, Schedule
 
 __all__ = [
     "FPP",
+    "Dropout",
     "Event",
     "FoldedAttention",
     "PackedEmbedding",

@@ -19,6 +19,7 @@ from ..options import resolve_threads
 from ..packed import Packed, pack, value_dtype
 from .attention import FoldedAttention
 from .collect import ORIGIN, Origin
+from .dropout import Dropout
 from .families import Family, family_of
 from .folded import FoldedHeads, FoldedValue, NoRuntimeForm
 from .modules import PackedEmbedding, PackedLinear
@@ -35,9 +36,10 @@ def convert(model: nn.Module, compressed: Compressed, *, dtype: Any = None) -> n
     form are dropped.
 
     Pruned matrices become ``PackedLinear`` and ``PackedEmbedding`` (tied ones stay tied), attention
-    whose query, key or value is folded becomes ``FoldedAttention``, everything else is loaded as
-    ``load_state_dict`` does. The outputs are those of the model with ``compressed.state_dict()``,
-    to rounding. Training goes on in the compressed form: kept weights alone change.
+    whose query, key or value is folded becomes ``FoldedAttention``, dropout draws faster
+    (``Dropout``), everything else is loaded as ``load_state_dict`` does. The outputs are those of
+    the model with ``compressed.state_dict()``, to rounding. Training goes on in the compressed
+    form: kept weights alone change.
 
     Parameters
     ----------
@@ -234,6 +236,9 @@ class _Plan:
             _swap_in(self.model, uses, threads)
         for path, fold in self.folded.items():
             _set(self.model, path, fold.build(self.model.get_submodule(path)))
+        for module in self.model.modules():
+            if type(module) is nn.Dropout:
+                module.__class__ = Dropout  # its hooks stay, and whoever holds it
         described = {
             name: {**encodings.describe(encoding), "swapped": swapped.get(name, False)}
             for name, encoding in compressed.encodings.items()

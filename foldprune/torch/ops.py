@@ -22,6 +22,7 @@ from ..errors import ModuleError
 from .tensors import from_numpy
 
 __all__ = [
+    "FLOATS",
     "core_of",
     "from_core",
     "library",
@@ -48,7 +49,7 @@ _backward = torch.ops.foldprune.packed_linear_backward.default
 _gradient = torch.ops.foldprune.packed_linear_gradient.default
 _embedding_gradient = torch.ops.foldprune.packed_embedding_gradient.default
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 # ---- between tensors and the core ---------------------------------------------------------------
@@ -103,7 +104,7 @@ def _flat(x: torch.Tensor, values: torch.Tensor) -> Array:
 def _check_linear(
     x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, rows: int, cols: int
 ) -> None:
-    if x.dtype not in _FLOATS or (x.dtype is torch.float64) != (values.dtype is torch.float64):
+    if x.dtype not in FLOATS or (x.dtype is torch.float64) != (values.dtype is torch.float64):
         raise ModuleError(
             f"input has dtype {x.dtype} but the packed values have {values.dtype}: float64 goes "
             "with float64, float32, bfloat16 and float16 with any other"
