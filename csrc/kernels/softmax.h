@@ -72,8 +72,8 @@ static inline uint32_t fp_drop_limit(double probability)
     static void drop(const uint32_t row[2], uint32_t first, uint32_t limit, size_t n, float *p)    \
     {                                                                                              \
         const uint32_t key[2] = {row[0], row[1]};                                                  \
-        for (size_t j = 0; j < n; j++)                                                             \
-            p[j] = fp_is_dropped(key, first + (uint32_t)j, limit) ? -p[j] : p[j];                  \
+        for (size_t j = 0; j < n; j++, first++)                                                    \
+            p[j] = fp_is_dropped(key, first, limit) ? -p[j] : p[j];                                \
     }
 
 /* exp(x) = 2^n exp(r) with n = round(x log2(e)) and r = x - n ln 2 in two steps. Adding ROUND and

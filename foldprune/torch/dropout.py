@@ -1,5 +1,4 @@
-"""``Dropout``, torch's own without its generator, which draws number after number on one thread:
-a fifth of the training step of a packed BERT."""
+"""``Dropout``, torch's own without its generator, which draws number after number on one thread."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@ by wall time.
 
     python tests/bench/bench_training.py speed    # both models, one and two threads
     python tests/bench/bench_training.py loss     # how long until the dense run's final loss
+    python tests/bench/bench_training.py dropout  # foldprune.torch.Dropout against torch's
 
 Every variant trains in a process of its own, so that peaks of memory are its own; for `speed` two
 take steps in turn, so that other work on the machine falls on both alike. MiniLM is
@@ -30,7 +31,7 @@ import foldprune
 from foldprune.eval import datasets
 from foldprune.eval.finetune import Classifier, Texts
 from foldprune.recipe import GROUPS
-from foldprune.torch import calibrate, convert
+from foldprune.torch import Dropout, calibrate, convert
 
 TOKENS = 512  # of a sequence of the GPT-2-shaped model
 WINDOW = 50  # steps that a loss is smoothed over
@@ -226,9 +227,28 @@ def loss(tasks: list[str], threads: int, steps: int, **recipe: Any) -> None:
         )
 
 
+def dropout(threads: list[int]) -> None:
+    for count in threads:
+        torch.set_num_threads(count)
+        for shape in ((16, 128, 384), (4, 512, 768)):
+            x = torch.randn(shape, requires_grad=True)
+            times: dict[str, list[float]] = {}
+            for _ in range(21):
+                for layer in (torch.nn.Dropout(0.1), Dropout(0.1)):
+                    start = time.perf_counter()
+                    layer(x).backward(x.detach())
+                    seconds = time.perf_counter() - start
+                    times.setdefault(type(layer).__module__.partition(".")[0], []).append(seconds)
+            torchs, ours = (1e3 * median(times[name]) for name in ("torch", "foldprune"))
+            print(
+                f"dropout of {shape}, forward and backward, {count} threads: "
+                f"torch {torchs:.2f} ms, ours {ours:.2f} ms ({torchs / ours:.1f} x)"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["speed", "loss"])
+    parser.add_argument("what", choices=["speed", "loss", "dropout"])
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rank", type=int, default=1)
@@ -241,6 +261,8 @@ def main() -> None:
     recipe = {"rank": args.rank, "dwc": dwc, "rate": args.rate}
     if args.what == "speed":
         speed(args.tasks, args.threads, args.steps or 16, **recipe)
+    elif args.what == "dropout":
+        dropout(args.threads)
     else:
         threads, steps = max(args.threads), args.steps or 300
         loss(args.tasks, threads, steps, **recipe, warm_up=args.warm_up)
