@@ -244,15 +244,20 @@ def matmul(
     isa: str | None = None,
 ) -> _Array: ...
 
-# dx = dy W
+# dx = dy W. method: not "vector".
 def matmul_backward(
-    packed: _Packed, dy: _Array, threads: int = 1, isa: str | None = None
+    packed: _Packed, dy: _Array, threads: int = 1, method: str = "auto", isa: str | None = None
 ) -> _Array: ...
 
-# Of the values: dy^T x where they are kept
+# Of the values: dy^T x where they are kept. method: not "vector".
 def matmul_gradient(
-    packed: _Packed, dy: _Array, x: _Array, threads: int = 1, isa: str | None = None
+    packed: _Packed,
+    dy: _Array,
+    x: _Array,
+    threads: int = 1,
+    method: str = "auto",
+    isa: str | None = None,
 ) -> _Array: ...
 
-# What "auto" is at so many tokens
-def matmul_choice(packed: _Packed, tokens: int) -> str: ...
+# What "auto" is at so many tokens. product: "forward", "backward", "gradient".
+def matmul_choice(packed: _Packed, tokens: int, product: str = "forward") -> str: ...

@@ -21,6 +21,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 VARIANTS = [name for name, (compiled, runs) in _core.isas().items() if compiled and runs]
 DTYPES = ["float32", "float16", "bfloat16", "int8"]
 METHODS = ["vector", "sparse", "dense"]
+MANY = ["sparse", "dense"]  # of the derivatives, which have no kernel for few tokens
 # rows and columns around whole tiles of 64
 SHAPES = [(1, 1), (3, 64), (64, 65), (63, 130), (130, 63), (200, 321), (64, 64)]
 TOKENS = [1, 2, 3, 4, 5, 16, 17, 64, 95, 97, 200]
@@ -137,9 +138,10 @@ def test_densities(isa: str, density: float) -> None:
     for method in METHODS:
         close(_core.matmul(packed._core, x, None, 1, method, isa), x @ w.T, 270)
     dy = normal(33, 150)
-    close(_core.matmul_backward(packed._core, dy, 1, isa), dy @ w, 150)
-    found = _core.matmul_gradient(packed._core, dy, x, 1, isa)
-    close(found, kept(packed, dy.astype(np.float64).T @ x), 33)
+    for method in MANY:
+        close(_core.matmul_backward(packed._core, dy, 1, method, isa), dy @ w, 150)
+        found = _core.matmul_gradient(packed._core, dy, x, 1, method, isa)
+        close(found, kept(packed, dy.astype(np.float64).T @ x), 33)
 
 
 def kept(packed: Packed, dense: Array) -> Array:
@@ -149,16 +151,17 @@ def kept(packed: Packed, dense: Array) -> Array:
 
 
 @pytest.mark.parametrize("isa", VARIANTS)
+@pytest.mark.parametrize("method", MANY)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_derivatives_are_those_of_the_definition(isa: str, dtype: str) -> None:
+def test_derivatives_are_those_of_the_definition(isa: str, method: str, dtype: str) -> None:
     for rows, cols in SHAPES:
         packed = foldprune.pack(matrix(rows, cols).astype(np.float32), dtype=dtype)
         w = packed.unpack().astype(np.float64)
         for tokens in TOKENS:
             x, dy = normal(tokens, cols), normal(tokens, rows, seed=3)
-            close(_core.matmul_backward(packed._core, dy, 2, isa), dy @ w, rows)
+            close(_core.matmul_backward(packed._core, dy, 2, method, isa), dy @ w, rows)
             if dtype != "int8":
-                found = _core.matmul_gradient(packed._core, dy, x, 2, isa)
+                found = _core.matmul_gradient(packed._core, dy, x, 2, method, isa)
                 close(found, kept(packed, dy.astype(np.float64).T @ x), tokens)
 
 
@@ -192,19 +195,31 @@ def test_many_tokens(threads: int) -> None:
     close(found, kept(packed, dy.astype(np.float64).T @ x), 2500)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_blocks_of_the_dense_products(dtype: str) -> None:
+    """Two by two of them, that are not whole."""
+    packed = foldprune.pack(matrix(700, 500).astype(np.float32), dtype=dtype)
+    w, x, dy = packed.unpack().astype(np.float64), normal(40, 500), normal(40, 700)
+    close(_core.matmul(packed._core, x, None, 3, "dense"), x @ w.T, 500)
+    close(_core.matmul_backward(packed._core, dy, 3, "dense"), dy @ w, 700)
+    if dtype != "int8":
+        found = _core.matmul_gradient(packed._core, dy, x, 3, "dense")
+        close(found, kept(packed, dy.astype(np.float64).T @ x), 40)
+
+
 @pytest.mark.parametrize("isa", VARIANTS)
 def test_bytes_do_not_depend_on_threads(isa: str) -> None:
     for dtype in DTYPES:
-        packed = foldprune.pack(matrix(700, 300).astype(np.float32), dtype=dtype)
-        x, dy = normal(170, 300), normal(170, 700)
+        packed = foldprune.pack(matrix(700, 500).astype(np.float32), dtype=dtype)
+        x, dy = normal(170, 500), normal(170, 700)
 
         def results(
             threads: int, packed: Packed = packed, x: Array = x, dy: Array = dy
         ) -> list[bytes]:
             out = [_core.matmul(packed._core, x, None, threads, m, isa) for m in METHODS]
-            out.append(_core.matmul_backward(packed._core, dy, threads, isa))
+            out += [_core.matmul_backward(packed._core, dy, threads, m, isa) for m in MANY]
             if packed.dtype != np.int8:
-                out.append(_core.matmul_gradient(packed._core, dy, x, threads, isa))
+                out += [_core.matmul_gradient(packed._core, dy, x, threads, m, isa) for m in MANY]
             return [array.tobytes() for array in out]
 
         assert results(1) == results(2) == results(7)
@@ -225,6 +240,16 @@ def test_choice() -> None:
     assert _core.matmul_choice(core, 512) == "sparse"
     nearly_dense = foldprune.pack(matrix(256, 256, 0.95).astype(np.float32))._core
     assert _core.matmul_choice(nearly_dense, 512) == "dense"
+    for product in ("backward", "gradient"):
+        assert _core.matmul_choice(core, 512, product) == "sparse"
+        assert _core.matmul_choice(nearly_dense, 1, product) == "sparse"
+        assert _core.matmul_choice(nearly_dense, 512, product) == "dense"
+    with pytest.raises(ValueError, match="product"):
+        _core.matmul_choice(core, 512, "outer")
+    for call in (_core.matmul_backward, _core.matmul_gradient):
+        with pytest.raises(ValueError):
+            arguments = (normal(4, 256),) * (1 + (call is _core.matmul_gradient))
+            call(core, *arguments, 1, "vector")
 
 
 # ---- lookups ------------------------------------------------------------------------------------

@@ -268,6 +268,7 @@ PyObject *py_packed_lookup_gradient(PyObject *module, PyObject *args, PyObject *
 /* ---- products ------------------------------------------------------------------------ */
 
 static const char *const methods[] = {"auto", "vector", "sparse", "dense", NULL};
+static const char *const products[] = {"forward", "backward", "gradient", NULL};
 
 PyObject *py_matmul(PyObject *module, PyObject *args, PyObject *kwargs)
 {
@@ -305,16 +306,16 @@ PyObject *py_matmul(PyObject *module, PyObject *args, PyObject *kwargs)
 
 PyObject *py_matmul_backward(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"packed", "dy", "threads", "isa", NULL};
+    static char *names[] = {"packed", "dy", "threads", "method", "isa", NULL};
     PyObject *tuple, *object;
-    int threads = 1;
-    const char *isa = NULL;
+    int method, threads = 1;
+    const char *isa = NULL, *name = "auto";
     size_t tokens;
     fp_packed p;
     fp_status status;
-    PARSE("OO|iz", &tuple, &object, &threads, &isa)
+    PARSE("OO|isz", &tuple, &object, &threads, &name, &isa)
     const fp_kernels *kernels = kernels_named(module, isa);
-    if (!kernels || packed_from(module, tuple, &p))
+    if (!kernels || choice_from(name, "method", methods, &method) || packed_from(module, tuple, &p))
         return NULL;
     const void *dy = activations_of(object, "dy", &p, p.rows, &tokens);
     if (!dy)
@@ -327,7 +328,8 @@ PyObject *py_matmul_backward(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    status = fp_matmul_backward(kernels, &p, dy, tokens, PyArray_DATA(dx), threads, work, bytes);
+    status = fp_matmul_backward(kernels, &p, dy, tokens, PyArray_DATA(dx), (fp_matmul_method)method,
+                                threads, work, bytes);
     Py_END_ALLOW_THREADS
     free_work(work);
     return array_or_raise(dx, status);
@@ -335,16 +337,16 @@ PyObject *py_matmul_backward(PyObject *module, PyObject *args, PyObject *kwargs)
 
 PyObject *py_matmul_gradient(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"packed", "dy", "x", "threads", "isa", NULL};
+    static char *names[] = {"packed", "dy", "x", "threads", "method", "isa", NULL};
     PyObject *tuple, *dy_object, *x_object;
-    int threads = 1;
-    const char *isa = NULL;
+    int method, threads = 1;
+    const char *isa = NULL, *name = "auto";
     size_t tokens, x_tokens;
     fp_packed p;
     fp_status status;
-    PARSE("OOO|iz", &tuple, &dy_object, &x_object, &threads, &isa)
+    PARSE("OOO|isz", &tuple, &dy_object, &x_object, &threads, &name, &isa)
     const fp_kernels *kernels = kernels_named(module, isa);
-    if (!kernels || packed_from(module, tuple, &p))
+    if (!kernels || choice_from(name, "method", methods, &method) || packed_from(module, tuple, &p))
         return NULL;
     const void *dy = activations_of(dy_object, "dy", &p, p.rows, &tokens);
     const void *x = dy ? activations_of(x_object, "x", &p, p.cols, &x_tokens) : NULL;
@@ -361,8 +363,8 @@ PyObject *py_matmul_gradient(PyObject *module, PyObject *args, PyObject *kwargs)
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    status =
-        fp_matmul_gradient(kernels, &p, dy, x, tokens, PyArray_DATA(dvalues), threads, work, bytes);
+    status = fp_matmul_gradient(kernels, &p, dy, x, tokens, PyArray_DATA(dvalues),
+                                (fp_matmul_method)method, threads, work, bytes);
     Py_END_ALLOW_THREADS
     free_work(work);
     return array_or_raise(dvalues, status);
@@ -370,14 +372,16 @@ PyObject *py_matmul_gradient(PyObject *module, PyObject *args, PyObject *kwargs)
 
 PyObject *py_matmul_choice(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"packed", "tokens", NULL};
+    static char *names[] = {"packed", "tokens", "product", NULL};
     PyObject *tuple;
     Py_ssize_t tokens;
+    const char *name = "forward";
     fp_packed p;
-    PARSE("On", &tuple, &tokens)
-    if (packed_from(module, tuple, &p))
+    int product;
+    PARSE("On|s", &tuple, &tokens, &name)
+    if (choice_from(name, "product", products, &product) || packed_from(module, tuple, &p))
         return NULL;
     if (tokens < 0)
         return raise_status(FP_ERR_RANGE);
-    return PyUnicode_FromString(methods[fp_matmul_choice(&p, (size_t)tokens)]);
+    return PyUnicode_FromString(methods[fp_matmul_choice(&p, (fp_product)product, (size_t)tokens)]);
 }

@@ -386,13 +386,15 @@ fp_status fp_packed_lookup_gradient(const fp_kernels *kernels, const fp_packed *
 
 typedef enum fp_matmul_method {
     FP_MATMUL_AUTO = 0,
-    FP_MATMUL_VECTOR, /* few tokens at a time: values are expanded by the mask */
+    FP_MATMUL_VECTOR, /* few tokens at a time: values are expanded by the mask; forward alone */
     FP_MATMUL_SPARSE, /* a weight meets many tokens */
-    FP_MATMUL_DENSE   /* BLAS on tiles as they are unpacked */
+    FP_MATMUL_DENSE   /* BLAS on blocks of tiles, each unpacked before or packed after it */
 } fp_matmul_method;
 
+typedef enum fp_product { FP_FORWARD = 0, FP_BACKWARD, FP_GRADIENT } fp_product;
+
 /* What FP_MATMUL_AUTO does at a number of tokens. */
-fp_matmul_method fp_matmul_choice(const fp_packed *p, size_t tokens);
+fp_matmul_method fp_matmul_choice(const fp_packed *p, fp_product product, size_t tokens);
 
 size_t fp_matmul_work(const fp_packed *p, size_t tokens, int threads); /* for any of these */
 
@@ -402,10 +404,11 @@ fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const
                             int threads, void *work, size_t work_bytes);
 /* dx = dy W */
 fp_status fp_matmul_backward(const fp_kernels *kernels, const fp_packed *p, const void *dy,
-                             size_t tokens, void *dx, int threads, void *work, size_t work_bytes);
+                             size_t tokens, void *dx, fp_matmul_method method, int threads,
+                             void *work, size_t work_bytes);
 /* dvalues = (dy^T x) at the kept positions; the values are not read, and not FP_I8. */
 fp_status fp_matmul_gradient(const fp_kernels *kernels, const fp_packed *p, const void *dy,
-                             const void *x, size_t tokens, void *dvalues, int threads, void *work,
-                             size_t work_bytes);
+                             const void *x, size_t tokens, void *dvalues, fp_matmul_method method,
+                             int threads, void *work, size_t work_bytes);
 
 #endif

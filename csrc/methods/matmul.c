@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "lapack.h"
+#include "matmul_dense.h"
 #include "packed.h"
 #include "parallel.h"
 #include "work.h"
@@ -196,79 +196,6 @@ static void run_vector(vector_call *c, int threads, void *work)
     fp_parallel_for(fp_tiles_in(c->p->rows), threads, vector_task, c);
 }
 
-/* ---- nearly dense -------------------------------------------------------------------- */
-
-/* What is unpacked at a time, in tiles: it stays in the second cache, and is large enough for BLAS.
- */
-enum { DENSE_DOWN = 8, DENSE_ACROSS = 6, DENSE_STRIDE = DENSE_ACROSS * FP_TILE };
-
-typedef struct dense_call {
-    const fp_kernels *kernels;
-    const fp_packed *p;
-    const float *bias, *x;
-    float *y;
-    size_t tokens;
-    struct dense_buffer {
-        float w[DENSE_DOWN * FP_TILE * DENSE_STRIDE], values[FP_TILE * FP_TILE];
-    } *buffers;
-} dense_call;
-
-static void unpack_tile(const dense_call *c, size_t row, size_t col, float *buffer, float *w)
-{
-    fp_tile tile = fp_packed_tile(c->p, row, col);
-    const float *values = fp_packed_floats(c->kernels, c->p, tile.offset, tile.kept, buffer);
-    const float *end = values + tile.kept;
-    for (size_t i = 0; i < tile.rows; i++) {
-        fp_packed_unpack_row(c->kernels, sizeof(float), values, (size_t)(end - values),
-                             tile.mask[i], FP_TILE, w + i * DENSE_STRIDE);
-        values += __builtin_popcountll(tile.mask[i]);
-    }
-}
-
-/* Rows of tiles go in blocks that are alike, however many threads there are. */
-static size_t dense_items(const fp_packed *p)
-{
-    return (fp_tiles_in(p->rows) + DENSE_DOWN - 1) / DENSE_DOWN;
-}
-
-static void dense_task(void *context, size_t item, int worker)
-{
-    dense_call *c = context;
-    const fp_packed *p = c->p;
-    struct dense_buffer *b = &c->buffers[worker];
-    size_t across = fp_tiles_in(p->cols), items = dense_items(p);
-    size_t top = item * fp_tiles_in(p->rows) / items;
-    size_t down = (item + 1) * fp_tiles_in(p->rows) / items - top;
-    size_t begin = top * FP_TILE,
-           rows = p->rows - begin < down * FP_TILE ? p->rows - begin : down * FP_TILE;
-    float *y = c->y + begin, zero = 0, one = 1;
-    for (size_t first = 0; first < across; first += DENSE_ACROSS) {
-        size_t end = across - first < DENSE_ACROSS ? across : first + DENSE_ACROSS;
-        for (size_t row = 0; row < down; row++)
-            for (size_t col = first; col < end; col++)
-                unpack_tile(c, top + row, col, b->values,
-                            b->w + row * FP_TILE * DENSE_STRIDE + (col - first) * FP_TILE);
-        size_t cols = (end * FP_TILE < p->cols ? end * FP_TILE : p->cols) - first * FP_TILE;
-        int32_t m = (int32_t)rows, n = (int32_t)c->tokens, k = (int32_t)cols;
-        int32_t lda = DENSE_STRIDE, ldb = (int32_t)p->cols, ldc = (int32_t)p->rows;
-        fp_sgemm("T", "N", &m, &n, &k, &one, b->w, &lda, c->x + first * FP_TILE, &ldb,
-                 first ? &one : &zero, y, &ldc, 1, 1);
-    }
-    for (size_t t = 0; t < c->tokens && (p->scale || c->bias || !across); t++)
-        for (size_t i = 0; i < rows; i++) {
-            size_t r = begin + i;
-            float *at = &y[t * p->rows + i], sum = across ? *at : 0.0f;
-            *at = sum * (p->scale ? p->scale[r] : 1.0f) + (c->bias ? c->bias[r] : 0.0f);
-        }
-}
-
-static size_t dense_plan(dense_call *c, int threads, char *base)
-{
-    size_t used = 0;
-    c->buffers = fp_take(base, &used, (size_t)fp_clamp_threads(threads), sizeof *c->buffers);
-    return used;
-}
-
 /* ---- what callers see ---------------------------------------------------------------- */
 
 /* Times for a weight of the dense matrix, kept or not, by tests/bench/bench_matmul.py with AVX2;
@@ -277,9 +204,10 @@ static size_t dense_plan(dense_call *c, int threads, char *base)
 static const double VECTOR_COST[FP_VECTOR_TOKENS + 1] = {0, 0.103, 0.117, 0.136, 0.159};
 static const double SPARSE_COST = 0.12, SPARSE_COST_KEPT = 0.91;
 enum { MOST_VECTOR_TOKENS = 24, LEAST_DENSE_TOKENS = 96 };
-static const double LEAST_DENSE_DENSITY = 0.88;
+/* From where on BLAS is faster, by fp_product. */
+static const double LEAST_DENSE_DENSITY[] = {0.88, 0.7, 0.7};
 
-fp_matmul_method fp_matmul_choice(const fp_packed *p, size_t tokens)
+fp_matmul_method fp_matmul_choice(const fp_packed *p, fp_product product, size_t tokens)
 {
     double elements = (double)p->rows * (double)p->cols;
     double density = (double)fp_packed_kept(p) / fmax(elements, 1);
@@ -287,22 +215,24 @@ fp_matmul_method fp_matmul_choice(const fp_packed *p, size_t tokens)
         return FP_MATMUL_SPARSE;
     double vector = VECTOR_COST[FP_VECTOR_TOKENS] * (double)(tokens / FP_VECTOR_TOKENS) +
                     VECTOR_COST[tokens % FP_VECTOR_TOKENS];
-    if (tokens <= MOST_VECTOR_TOKENS && vector < SPARSE_COST + SPARSE_COST_KEPT * density)
+    if (product == FP_FORWARD && tokens <= MOST_VECTOR_TOKENS &&
+        vector < SPARSE_COST + SPARSE_COST_KEPT * density)
         return FP_MATMUL_VECTOR;
-    int fits = p->rows <= INT32_MAX && p->cols <= INT32_MAX && tokens <= INT32_MAX;
-    int nearly = density > LEAST_DENSE_DENSITY && density < 1; /* kernels know whole rows */
-    return fits && tokens >= LEAST_DENSE_TOKENS && nearly ? FP_MATMUL_DENSE : FP_MATMUL_SPARSE;
+    int much = density > LEAST_DENSE_DENSITY[product];
+    if (product == FP_FORWARD && density == 1)
+        much = 0; /* its kernels know whole rows */
+    return much && tokens >= LEAST_DENSE_TOKENS && fp_dense_fits(p, tokens) ? FP_MATMUL_DENSE
+                                                                            : FP_MATMUL_SPARSE;
 }
 
 size_t fp_matmul_work(const fp_packed *p, size_t tokens, int threads)
 {
     vector_call vector = {.p = p, .tokens = tokens < CHUNK ? tokens : CHUNK};
-    dense_call dense = {.p = p};
     call_f32 single = {.p = p};
     call_f64 twice = {.p = p};
     size_t bytes = p->dtype == FP_F64 ? plan_f64(&twice, tokens, threads, NULL)
                                       : plan_f32(&single, tokens, threads, NULL);
-    size_t others[] = {vector_plan(&vector, threads, NULL), dense_plan(&dense, threads, NULL)};
+    size_t others[] = {vector_plan(&vector, threads, NULL), fp_dense_work(threads)};
     for (size_t i = 0; i < sizeof others / sizeof others[0]; i++)
         bytes = others[i] > bytes ? others[i] : bytes;
     return bytes;
@@ -330,19 +260,17 @@ fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const
     if (status)
         return status;
     if (method == FP_MATMUL_AUTO)
-        method = fp_matmul_choice(p, tokens);
+        method = fp_matmul_choice(p, FP_FORWARD, tokens);
+    if (method == FP_MATMUL_DENSE && !fp_dense_fits(p, tokens))
+        return FP_ERR_OVERFLOW;
     if (p->dtype == FP_F64) {
         call_f64 c = {.kernels = kernels, .p = p, .bias = bias, .y = y};
-        run_f64(c, FORWARD_f64, x, NULL, tokens, threads, work);
+        run_f64(c, FP_FORWARD, x, NULL, tokens, threads, work);
     } else if (method == FP_MATMUL_SPARSE) {
         call_f32 c = {.kernels = kernels, .p = p, .bias = bias, .y = y};
-        run_f32(c, FORWARD_f32, x, NULL, tokens, threads, work);
+        run_f32(c, FP_FORWARD, x, NULL, tokens, threads, work);
     } else if (method == FP_MATMUL_DENSE) {
-        if (p->rows > INT32_MAX || p->cols > INT32_MAX || tokens > INT32_MAX)
-            return FP_ERR_OVERFLOW;
-        dense_call c = {.kernels = kernels, .p = p, .bias = bias, .x = x, .y = y, .tokens = tokens};
-        dense_plan(&c, threads, work);
-        fp_parallel_for(dense_items(p), threads, dense_task, &c);
+        fp_dense_forward(kernels, p, x, tokens, bias, y, threads, work);
     } else {
         for (size_t begin = 0; begin < tokens; begin += CHUNK) {
             vector_call c = {.kernels = kernels,
@@ -357,26 +285,40 @@ fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const
     return FP_OK;
 }
 
+/* Of a product that has no kernel for few tokens: FP_OK and what *method is now. */
+static fp_status settle(const fp_packed *p, fp_product product, size_t tokens,
+                        fp_matmul_method *method)
+{
+    if (*method == FP_MATMUL_AUTO)
+        *method = fp_matmul_choice(p, product, tokens);
+    if (*method == FP_MATMUL_VECTOR)
+        return FP_ERR_ARGUMENT;
+    return *method == FP_MATMUL_DENSE && !fp_dense_fits(p, tokens) ? FP_ERR_OVERFLOW : FP_OK;
+}
+
 fp_status fp_matmul_backward(const fp_kernels *kernels, const fp_packed *p, const void *dy,
-                             size_t tokens, void *dx, int threads, void *work, size_t work_bytes)
+                             size_t tokens, void *dx, fp_matmul_method method, int threads,
+                             void *work, size_t work_bytes)
 {
     fp_status status = check(kernels, p, dy, p ? p->rows : 0, dx, p ? p->cols : 0, tokens, threads,
                              work, work_bytes);
-    if (status)
+    if (status || (status = settle(p, FP_BACKWARD, tokens, &method)))
         return status;
     if (p->dtype == FP_F64) {
         call_f64 c = {.kernels = kernels, .p = p, .y = dx};
-        run_f64(c, BACKWARD_f64, NULL, dy, tokens, threads, work);
+        run_f64(c, FP_BACKWARD, NULL, dy, tokens, threads, work);
+    } else if (method == FP_MATMUL_DENSE) {
+        fp_dense_backward(kernels, p, dy, tokens, dx, threads, work);
     } else {
         call_f32 c = {.kernels = kernels, .p = p, .y = dx};
-        run_f32(c, BACKWARD_f32, NULL, dy, tokens, threads, work);
+        run_f32(c, FP_BACKWARD, NULL, dy, tokens, threads, work);
     }
     return FP_OK;
 }
 
 fp_status fp_matmul_gradient(const fp_kernels *kernels, const fp_packed *p, const void *dy,
-                             const void *x, size_t tokens, void *dvalues, int threads, void *work,
-                             size_t work_bytes)
+                             const void *x, size_t tokens, void *dvalues, fp_matmul_method method,
+                             int threads, void *work, size_t work_bytes)
 {
     fp_status status = fp_packed_valid(p);
     if (status)
@@ -387,15 +329,19 @@ fp_status fp_matmul_gradient(const fp_kernels *kernels, const fp_packed *p, cons
     if (!kernels || (tokens && ((p->rows && !dy) || (p->cols && !x))) || (kept && !dvalues) ||
         !work || work_bytes < fp_matmul_work(p, tokens, threads))
         return FP_ERR_ARGUMENT;
-    if (!kept)
+    if (!kept || (status = settle(p, FP_GRADIENT, tokens, &method)))
+        return status;
+    if (p->dtype != FP_F64 && method == FP_MATMUL_DENSE) {
+        fp_dense_gradient(kernels, p, dy, x, tokens, dvalues, threads, work);
         return FP_OK;
+    }
     memset(dvalues, 0, kept * (p->dtype == FP_F64 ? sizeof(double) : sizeof(float)));
     if (p->dtype == FP_F64) {
         call_f64 c = {.kernels = kernels, .p = p, .y = dvalues};
-        run_f64(c, GRADIENT_f64, x, dy, tokens, threads, work);
+        run_f64(c, FP_GRADIENT, x, dy, tokens, threads, work);
     } else {
         call_f32 c = {.kernels = kernels, .p = p, .y = dvalues};
-        run_f32(c, GRADIENT_f32, x, dy, tokens, threads, work);
+        run_f32(c, FP_GRADIENT, x, dy, tokens, threads, work);
     }
     return FP_OK;
 }

@@ -225,25 +225,23 @@ static size_t NAME(group)(size_t tiles, size_t token_tiles, int threads)
     return threads > 1 ? group : GROUP;
 }
 
-typedef enum NAME(kind) { NAME(FORWARD), NAME(BACKWARD), NAME(GRADIENT) } NAME(kind);
-
 static void NAME(transpose_chunk)(NAME(call) * c, const NAME(side) * side, int threads)
 {
     c->from = side;
     fp_parallel_for(c->token_tiles * fp_tiles_in(side->features), threads, NAME(transpose_task), c);
 }
 
-static void NAME(run)(NAME(call) c, NAME(kind) kind, const REAL *x, const REAL *dy, size_t tokens,
-                      int threads, void *work)
+static void NAME(run)(NAME(call) c, fp_product product, const REAL *x, const REAL *dy,
+                      size_t tokens, int threads, void *work)
 {
-    size_t rows = c.p->rows, cols = c.p->cols, features = kind == NAME(BACKWARD) ? cols : rows;
+    size_t rows = c.p->rows, cols = c.p->cols, features = product == FP_BACKWARD ? cols : rows;
     c.x = (NAME(side)){.rows = x, .features = cols};
     c.dy = (NAME(side)){.rows = dy, .scale = c.p->scale, .features = rows};
-    c.from = kind == NAME(FORWARD) ? &c.x : &c.dy;
-    c.make = kind == NAME(FORWARD) ? NAME(forward_tiles) : NAME(backward_tiles);
+    c.from = product == FP_FORWARD ? &c.x : &c.dy;
+    c.make = product == FP_FORWARD ? NAME(forward_tiles) : NAME(backward_tiles);
     c.results = fp_tiles_in(features);
     NAME(plan)(&c, tokens, threads, work);
-    size_t own = kind == NAME(GRADIENT) ? 0 : own_tiles(tokens, threads);
+    size_t own = product == FP_GRADIENT ? 0 : own_tiles(tokens, threads);
     if (own) {
         c.tokens = tokens;
         c.token_tiles = own;
@@ -254,20 +252,20 @@ static void NAME(run)(NAME(call) c, NAME(kind) kind, const REAL *x, const REAL *
     for (size_t begin = 0; begin < tokens; begin += c.tokens) {
         c.tokens = tokens - begin < CHUNK ? tokens - begin : CHUNK;
         c.token_tiles = (c.tokens + FP_WIDTH_MAX - 1) / FP_WIDTH_MAX;
-        if (kind != NAME(BACKWARD))
+        if (product != FP_BACKWARD)
             NAME(transpose_chunk)(&c, &c.x, threads);
-        if (kind != NAME(FORWARD))
+        if (product != FP_FORWARD)
             NAME(transpose_chunk)(&c, &c.dy, threads);
         /* a task of `gradient` has all tokens, others one tile of them */
-        size_t times = kind == NAME(GRADIENT) ? 1 : c.token_tiles;
+        size_t times = product == FP_GRADIENT ? 1 : c.token_tiles;
         c.group = NAME(group)(c.results, times, threads);
         fp_parallel_for((c.results + c.group - 1) / c.group * times, threads,
-                        kind == NAME(GRADIENT) ? NAME(gradient_task) : NAME(make_task), &c);
-        if (kind != NAME(BACKWARD))
+                        product == FP_GRADIENT ? NAME(gradient_task) : NAME(make_task), &c);
+        if (product != FP_BACKWARD)
             c.x.rows += c.tokens * cols;
-        if (kind != NAME(FORWARD))
+        if (product != FP_FORWARD)
             c.dy.rows += c.tokens * rows;
-        if (kind != NAME(GRADIENT))
+        if (product != FP_GRADIENT)
             c.y += c.tokens * features;
     }
 }

@@ -142,8 +142,8 @@ fp_status fp_packed_offsets(const uint64_t *mask, size_t rows, size_t cols, uint
 }
 
 /* A row of a tile, by item size; fp_mask_bytes of a word is the word's own bytes, lowest first. */
-static void pack_row(const fp_kernels *k, size_t item_size, const void *x, uint64_t mask, size_t n,
-                     void *values, size_t kept)
+void fp_packed_pack_row(const fp_kernels *k, size_t item_size, const void *x, uint64_t mask,
+                        size_t n, void *values, size_t kept)
 {
     uint8_t bits[8];
     for (int i = 0; i < 8; i++)
@@ -181,7 +181,7 @@ static void fill_row(void *context, size_t row, int worker)
         for (size_t i = 0; i < tile.rows; i++) {
             size_t kept = (size_t)__builtin_popcountll(tile.mask[i]);
             const char *x = c->w + ((row * FP_TILE + i) * cols + col * FP_TILE) * size;
-            pack_row(c->kernels, size, x, tile.mask[i], tile.cols, values, kept);
+            fp_packed_pack_row(c->kernels, size, x, tile.mask[i], tile.cols, values, kept);
             values += kept * size;
         }
     }
@@ -375,8 +375,8 @@ static void lookup_gradient(void *context, size_t col, int worker)
             double f64[FP_TILE];
             float f32[FP_TILE];
         } picked;
-        pack_row(c->kernels, size, c->drows + (item * p->cols + col * FP_TILE) * size, tile.mask[i],
-                 tile.cols, &picked, kept);
+        fp_packed_pack_row(c->kernels, size, c->drows + (item * p->cols + col * FP_TILE) * size,
+                           tile.mask[i], tile.cols, &picked, kept);
         for (size_t k = 0; k < kept; k++) {
             if (p->dtype == FP_F64)
                 ((double *)c->dvalues)[offset + k] += picked.f64[k];

@@ -17,6 +17,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -209,23 +210,43 @@ def training(threads: int, density: float) -> None:
 
 def crossover(threads: int, _: float) -> None:
     rows, cols = 3072, 768
-    densities = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
+    densities = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     print(f"\n{rows} x {cols}, threads: {threads}; the fastest kernel (the chosen one, if another)")
     print("and how many times as fast as OpenBLAS dense that one is, by tokens and share kept")
     line("tokens", *densities)
-    packed = {d: foldprune.pack(matrix(rows, cols, d)) for d in densities}
-    for tokens in (1, 2, 4, 5, 6, 8, 12, 16, 32, 64, 256):
-        x, cells = activations(tokens, cols), []
-        for density, p in packed.items():
-            methods = ("vector", "sparse", "dense")
-            calls = {method: ours(p, x, threads, method) for method in methods}
-            peer = {"OpenBLAS": dense_peers(matrix(rows, cols, density), x)["OpenBLAS"]}
-            found = medians({**calls, **peer}, rounds_for(10 * rows * cols * tokens))
-            best = min(methods, key=found.__getitem__)
-            chosen = _core.matmul_choice(p._core, tokens)
+    dense = {density: matrix(rows, cols, density) for density in densities}
+    packed = {density: foldprune.pack(w) for density, w in dense.items()}
+    lines = [("forward", tokens) for tokens in (1, 2, 4, 5, 6, 8, 12, 16, 32, 64, 256)]
+    for product, tokens in [*lines, ("backward", 512), ("gradient", 512)]:
+        x, dy, cells = activations(tokens, cols), activations(tokens, rows), []
+        for density, w in dense.items():
+            core = packed[density]._core
+            calls, peer = products(core, w, x, dy, threads)[product]
+            found = medians({**calls, "OpenBLAS": peer}, rounds_for(10 * rows * cols * tokens))
+            best = min(calls, key=found.__getitem__)
+            chosen = _core.matmul_choice(core, tokens, product)
             label = best[0] if best == chosen else f"{best[0]}({chosen[0]})"
             cells.append(f"{label} {found['OpenBLAS'] / found[chosen]:.2f}")
-        line(tokens, *cells)
+        line(f"{tokens}, {product}", *cells)
+
+
+def products(
+    core: Any, w: Array, x: Array, dy: Array, threads: int
+) -> dict[str, tuple[Timed, Callable[[], object]]]:
+    """Each by our methods, and OpenBLAS's."""
+
+    def blas(a: Array, b: Array) -> Callable[[], object]:
+        return partial(np.matmul, a, b, out=np.empty((len(a), b.shape[1]), np.float32))
+
+    def by_method(function: Any, *arguments: Any) -> Timed:
+        methods = ("vector", "sparse", "dense") if function is _core.matmul else ("sparse", "dense")
+        return {m: partial(function, core, *arguments, threads, m) for m in methods}
+
+    return {
+        "forward": (by_method(_core.matmul, x, None), blas(x, w.T)),
+        "backward": (by_method(_core.matmul_backward, dy), blas(dy, w)),
+        "gradient": (by_method(_core.matmul_gradient, dy, x), blas(dy.T, x)),
+    }
 
 
 SECTIONS = {"spmm": spmm, "gemv": gemv, "training": training, "crossover": crossover}

@@ -144,22 +144,32 @@ static void check_products(const fp_kernels *k, const fixture *f, size_t tokens,
               "%s forward %zu x %zu, %zu tokens, dtype %d, method %d", fp_kernels_name(k), rows,
               cols, tokens, (int)f->p.dtype, method);
     }
-    fp_status status = fp_matmul_backward(k, &f->p, dy, tokens, dx, threads, work, bytes);
-    CHECK(!status && close_to(dx, expected_dx, tokens * cols),
-          "%s backward %zu x %zu, %zu tokens, dtype %d", fp_kernels_name(k), rows, cols, tokens,
-          (int)f->p.dtype);
-    status = fp_matmul_gradient(k, &f->p, dy, x, tokens, dvalues, threads, work, bytes);
-    if (f->p.dtype == FP_I8) {
-        CHECK(status == FP_ERR_DTYPE, "status %d", (int)status);
-    } else {
-        double *kept = exact(f->kept, sizeof *kept);
-        CHECK(!fp_packed_fill(k, &f->p, expected_dw, sizeof *kept, kept, 1), "fill");
-        CHECK(!status && close_to(dvalues, kept, f->kept),
-              "%s gradient %zu x %zu, %zu tokens, dtype %d", fp_kernels_name(k), rows, cols, tokens,
-              (int)f->p.dtype);
-        free(kept);
+    double *kept = exact(f->kept, sizeof *kept);
+    CHECK(!fp_packed_fill(k, &f->p, expected_dw, sizeof *kept, kept, 1), "fill");
+    const fp_matmul_method both[] = {FP_MATMUL_AUTO, FP_MATMUL_SPARSE, FP_MATMUL_DENSE};
+    for (size_t i = 0; i < sizeof both / sizeof both[0]; i++) {
+        memset(dx, 0xff, tokens * cols * sizeof *dx);
+        fp_status status =
+            fp_matmul_backward(k, &f->p, dy, tokens, dx, both[i], threads, work, bytes);
+        CHECK(!status && close_to(dx, expected_dx, tokens * cols),
+              "%s backward %zu x %zu, %zu tokens, dtype %d, method %d", fp_kernels_name(k), rows,
+              cols, tokens, (int)f->p.dtype, (int)both[i]);
+        memset(dvalues, 0xff, f->kept * sizeof *dvalues);
+        status =
+            fp_matmul_gradient(k, &f->p, dy, x, tokens, dvalues, both[i], threads, work, bytes);
+        if (f->p.dtype == FP_I8)
+            CHECK(status == FP_ERR_DTYPE, "status %d", (int)status);
+        else
+            CHECK(!status && close_to(dvalues, kept, f->kept),
+                  "%s gradient %zu x %zu, %zu tokens, dtype %d, method %d", fp_kernels_name(k),
+                  rows, cols, tokens, (int)f->p.dtype, (int)both[i]);
     }
-    CHECK(bytes < 64 || fp_matmul_backward(k, &f->p, dy, tokens, dx, threads, work, bytes - 64),
+    free(kept);
+    CHECK(fp_matmul_backward(k, &f->p, dy, tokens, dx, FP_MATMUL_VECTOR, threads, work, bytes) ==
+              FP_ERR_ARGUMENT,
+          "there is none for few tokens");
+    CHECK(bytes < 64 || fp_matmul_backward(k, &f->p, dy, tokens, dx, FP_MATMUL_AUTO, threads, work,
+                                           bytes - 64),
           "too little work is refused");
     free(x);
     free(dy);
@@ -206,7 +216,7 @@ int main(void)
 {
     static const size_t shapes[][2] = {{1, 1}, {64, 64}, {65, 63}, {70, 200}, {5, 129}, {0, 4}};
     static const size_t tokens[] = {0, 1, 3, 5, 30, 97, 249, 170};
-    static const double densities[] = {0, 0.001, 0.3, 1};
+    static const double densities[] = {0, 0.001, 0.3, 0.9, 1};
     find_variants();
     for (size_t v = 0; v < variant_count; v++)
         for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)

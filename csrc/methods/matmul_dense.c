@@ -1,0 +1,185 @@
+/* Products with matrices of which much is kept. */
+#include "matmul_dense.h"
+
+#include "lapack.h"
+#include "packed.h"
+#include "parallel.h"
+
+/* A block's tiles: it stays in the second cache, and is large enough for BLAS. */
+enum { DOWN = 8, ACROSS = 6, STRIDE = ACROSS * FP_TILE };
+
+typedef struct buffer {
+    float w[DOWN * FP_TILE * STRIDE], values[FP_TILE * FP_TILE];
+} buffer;
+
+typedef struct dense_call {
+    const fp_kernels *kernels;
+    const fp_packed *p;
+    const float *bias, *x, *dy;
+    float *y; /* what is computed: y, dx or dvalues */
+    size_t tokens;
+    buffer *buffers; /* one for every worker */
+} dense_call;
+
+/* Rows or columns of a block. */
+typedef struct span {
+    size_t first, end; /* tiles */
+    size_t begin, size;
+} span;
+
+static size_t blocks_in(size_t n, size_t most)
+{
+    return (fp_tiles_in(n) + most - 1) / most;
+}
+
+/* The i-th of the blocks of at most so many tiles; they are alike. */
+static span span_of(size_t n, size_t most, size_t i)
+{
+    size_t tiles = fp_tiles_in(n), blocks = blocks_in(n, most);
+    span s = {.first = i * tiles / blocks, .end = (i + 1) * tiles / blocks};
+    s.begin = s.first * FP_TILE;
+    s.size = (s.end * FP_TILE < n ? s.end * FP_TILE : n) - s.begin;
+    return s;
+}
+
+static float *place(buffer *b, span rows, span cols, size_t row, size_t col)
+{
+    return b->w + (row - rows.first) * FP_TILE * STRIDE + (col - cols.first) * FP_TILE;
+}
+
+static void unpack_tile(const dense_call *c, size_t row, size_t col, float *scratch, float *w)
+{
+    fp_tile tile = fp_packed_tile(c->p, row, col);
+    const float *values = fp_packed_floats(c->kernels, c->p, tile.offset, tile.kept, scratch);
+    const float *end = values + tile.kept;
+    for (size_t i = 0; i < tile.rows; i++, w += STRIDE) {
+        fp_packed_unpack_row(c->kernels, sizeof *w, values, (size_t)(end - values), tile.mask[i],
+                             FP_TILE, w);
+        values += __builtin_popcountll(tile.mask[i]);
+        for (size_t j = 0; c->p->scale && j < FP_TILE; j++)
+            w[j] *= c->p->scale[row * FP_TILE + i];
+    }
+}
+
+static void unpack(const dense_call *c, span rows, span cols, buffer *b)
+{
+    for (size_t row = rows.first; row < rows.end; row++)
+        for (size_t col = cols.first; col < cols.end; col++)
+            unpack_tile(c, row, col, b->values, place(b, rows, cols, row, col));
+}
+
+/* The values of a block's gradient from the dense one. */
+static void pack(const dense_call *c, span rows, span cols, buffer *b)
+{
+    for (size_t row = rows.first; row < rows.end; row++)
+        for (size_t col = cols.first; col < cols.end; col++) {
+            fp_tile tile = fp_packed_tile(c->p, row, col);
+            const float *w = place(b, rows, cols, row, col);
+            float *values = c->y + tile.offset;
+            for (size_t i = 0; i < tile.rows; i++, w += STRIDE) {
+                size_t kept = (size_t)__builtin_popcountll(tile.mask[i]);
+                fp_packed_pack_row(c->kernels, sizeof *w, w, tile.mask[i], tile.cols, values, kept);
+                values += kept;
+            }
+        }
+}
+
+/* c += op(a) op(b) or, with beta 0, c = it; column by column, as BLAS has them. */
+static void multiply(const char *op_a, const char *op_b, size_t m, size_t n, size_t k,
+                     const float *a, size_t lda, const float *b, size_t ldb, float beta, float *c,
+                     size_t ldc)
+{
+    const float one = 1;
+    const int32_t size[] = {(int32_t)m, (int32_t)n, (int32_t)k};
+    const int32_t stride[] = {(int32_t)lda, (int32_t)ldb, (int32_t)ldc};
+    fp_sgemm(op_a, op_b, &size[0], &size[1], &size[2], &one, a, &stride[0], b, &stride[1], &beta, c,
+             &stride[2], 1, 1);
+}
+
+/* ---- tasks: results that add up in one order, however many threads there are ---------- */
+
+/* Rows of W. */
+static void forward_task(void *context, size_t item, int worker)
+{
+    const dense_call *c = context;
+    const fp_packed *p = c->p;
+    buffer *b = &c->buffers[worker];
+    span rows = span_of(p->rows, DOWN, item);
+    float *y = c->y + rows.begin;
+    for (size_t t = 0; t < c->tokens; t++)
+        for (size_t i = 0; i < rows.size; i++)
+            y[t * p->rows + i] = c->bias ? c->bias[rows.begin + i] : 0;
+    for (size_t j = 0; j < blocks_in(p->cols, ACROSS); j++) {
+        span cols = span_of(p->cols, ACROSS, j);
+        unpack(c, rows, cols, b);
+        multiply("T", "N", rows.size, c->tokens, cols.size, b->w, STRIDE, c->x + cols.begin,
+                 p->cols, 1, y, p->rows);
+    }
+}
+
+/* Columns of W. */
+static void backward_task(void *context, size_t item, int worker)
+{
+    const dense_call *c = context;
+    const fp_packed *p = c->p;
+    buffer *b = &c->buffers[worker];
+    span cols = span_of(p->cols, ACROSS, item);
+    float *dx = c->y + cols.begin;
+    for (size_t t = 0; t < c->tokens; t++)
+        for (size_t j = 0; j < cols.size; j++)
+            dx[t * p->cols + j] = 0;
+    for (size_t i = 0; i < blocks_in(p->rows, DOWN); i++) {
+        span rows = span_of(p->rows, DOWN, i);
+        unpack(c, rows, cols, b);
+        multiply("N", "N", cols.size, c->tokens, rows.size, b->w, STRIDE, c->dy + rows.begin,
+                 p->rows, 1, dx, p->cols);
+    }
+}
+
+/* A block of W. */
+static void gradient_task(void *context, size_t item, int worker)
+{
+    const dense_call *c = context;
+    const fp_packed *p = c->p;
+    buffer *b = &c->buffers[worker];
+    size_t across = blocks_in(p->cols, ACROSS);
+    span rows = span_of(p->rows, DOWN, item / across),
+         cols = span_of(p->cols, ACROSS, item % across);
+    multiply("N", "T", cols.size, rows.size, c->tokens, c->x + cols.begin, p->cols,
+             c->dy + rows.begin, p->rows, 0, b->w, STRIDE);
+    pack(c, rows, cols, b);
+}
+
+/* ---- what callers see ------------------------------------------------------------------ */
+
+int fp_dense_fits(const fp_packed *p, size_t tokens)
+{
+    return p->rows <= INT32_MAX && p->cols <= INT32_MAX && tokens <= INT32_MAX;
+}
+
+size_t fp_dense_work(int threads)
+{
+    return (size_t)fp_clamp_threads(threads) * sizeof(buffer);
+}
+
+void fp_dense_forward(const fp_kernels *kernels, const fp_packed *p, const float *x, size_t tokens,
+                      const float *bias, float *y, int threads, void *work)
+{
+    dense_call c = {kernels, p, bias, x, NULL, y, tokens, work};
+    fp_parallel_for(blocks_in(p->rows, DOWN), threads, forward_task, &c);
+}
+
+void fp_dense_backward(const fp_kernels *kernels, const fp_packed *p, const float *dy,
+                       size_t tokens, float *dx, int threads, void *work)
+{
+    dense_call c = {kernels, p, NULL, NULL, dy, dx, tokens, work};
+    fp_parallel_for(blocks_in(p->cols, ACROSS), threads, backward_task, &c);
+}
+
+void fp_dense_gradient(const fp_kernels *kernels, const fp_packed *p, const float *dy,
+                       const float *x, size_t tokens, float *dvalues, int threads, void *work)
+{
+    dense_call c = {kernels, p, NULL, x, dy, dvalues, tokens, work};
+    fp_parallel_for(blocks_in(p->rows, DOWN) * blocks_in(p->cols, ACROSS), threads, gradient_task,
+                    &c);
+}
