@@ -7,6 +7,7 @@
 
 /* A block's tiles: it stays in the second cache, and is large enough for BLAS. */
 enum { DOWN = 8, ACROSS = 6, STRIDE = ACROSS * FP_TILE };
+enum { MOST_TOKENS = 512 }; /* of a task, as there may be more threads than blocks */
 
 typedef struct buffer {
     float w[DOWN * FP_TILE * STRIDE], values[FP_TILE * FP_TILE];
@@ -21,7 +22,7 @@ typedef struct dense_call {
     buffer *buffers; /* one for every worker */
 } dense_call;
 
-/* Rows or columns of a block. */
+/* Rows or columns of a block, or tokens. */
 typedef struct span {
     size_t first, end; /* tiles */
     size_t begin, size;
@@ -32,6 +33,11 @@ static size_t blocks_in(size_t n, size_t most)
     return (fp_tiles_in(n) + most - 1) / most;
 }
 
+static size_t parts_in(size_t tokens)
+{
+    return (tokens + MOST_TOKENS - 1) / MOST_TOKENS;
+}
+
 /* The i-th of the blocks of at most so many tiles; they are alike. */
 static span span_of(size_t n, size_t most, size_t i)
 {
@@ -40,6 +46,13 @@ static span span_of(size_t n, size_t most, size_t i)
     s.begin = s.first * FP_TILE;
     s.size = (s.end * FP_TILE < n ? s.end * FP_TILE : n) - s.begin;
     return s;
+}
+
+/* The i-th of the parts of so many tokens, likewise. */
+static span tokens_of(size_t tokens, size_t i)
+{
+    size_t parts = parts_in(tokens), begin = i * tokens / parts;
+    return (span){.begin = begin, .size = (i + 1) * tokens / parts - begin};
 }
 
 static float *place(buffer *b, span rows, span cols, size_t row, size_t col)
@@ -98,40 +111,44 @@ static void multiply(const char *op_a, const char *op_b, size_t m, size_t n, siz
 
 /* ---- tasks: results that add up in one order, however many threads there are ---------- */
 
-/* Rows of W. */
+/* Rows of W, some tokens. */
 static void forward_task(void *context, size_t item, int worker)
 {
     const dense_call *c = context;
     const fp_packed *p = c->p;
     buffer *b = &c->buffers[worker];
-    span rows = span_of(p->rows, DOWN, item);
-    float *y = c->y + rows.begin;
-    for (size_t t = 0; t < c->tokens; t++)
+    size_t parts = parts_in(c->tokens);
+    span rows = span_of(p->rows, DOWN, item / parts), tokens = tokens_of(c->tokens, item % parts);
+    const float *x = c->x + tokens.begin * p->cols;
+    float *y = c->y + tokens.begin * p->rows + rows.begin;
+    for (size_t t = 0; t < tokens.size; t++)
         for (size_t i = 0; i < rows.size; i++)
             y[t * p->rows + i] = c->bias ? c->bias[rows.begin + i] : 0;
     for (size_t j = 0; j < blocks_in(p->cols, ACROSS); j++) {
         span cols = span_of(p->cols, ACROSS, j);
         unpack(c, rows, cols, b);
-        multiply("T", "N", rows.size, c->tokens, cols.size, b->w, STRIDE, c->x + cols.begin,
-                 p->cols, 1, y, p->rows);
+        multiply("T", "N", rows.size, tokens.size, cols.size, b->w, STRIDE, x + cols.begin, p->cols,
+                 1, y, p->rows);
     }
 }
 
-/* Columns of W. */
+/* Columns of W, some tokens. */
 static void backward_task(void *context, size_t item, int worker)
 {
     const dense_call *c = context;
     const fp_packed *p = c->p;
     buffer *b = &c->buffers[worker];
-    span cols = span_of(p->cols, ACROSS, item);
-    float *dx = c->y + cols.begin;
-    for (size_t t = 0; t < c->tokens; t++)
+    size_t parts = parts_in(c->tokens);
+    span cols = span_of(p->cols, ACROSS, item / parts), tokens = tokens_of(c->tokens, item % parts);
+    const float *dy = c->dy + tokens.begin * p->rows;
+    float *dx = c->y + tokens.begin * p->cols + cols.begin;
+    for (size_t t = 0; t < tokens.size; t++)
         for (size_t j = 0; j < cols.size; j++)
             dx[t * p->cols + j] = 0;
     for (size_t i = 0; i < blocks_in(p->rows, DOWN); i++) {
         span rows = span_of(p->rows, DOWN, i);
         unpack(c, rows, cols, b);
-        multiply("N", "N", cols.size, c->tokens, rows.size, b->w, STRIDE, c->dy + rows.begin,
+        multiply("N", "N", cols.size, tokens.size, rows.size, b->w, STRIDE, dy + rows.begin,
                  p->rows, 1, dx, p->cols);
     }
 }
@@ -166,14 +183,14 @@ void fp_dense_forward(const fp_kernels *kernels, const fp_packed *p, const float
                       const float *bias, float *y, int threads, void *work)
 {
     dense_call c = {kernels, p, bias, x, NULL, y, tokens, work};
-    fp_parallel_for(blocks_in(p->rows, DOWN), threads, forward_task, &c);
+    fp_parallel_for(blocks_in(p->rows, DOWN) * parts_in(tokens), threads, forward_task, &c);
 }
 
 void fp_dense_backward(const fp_kernels *kernels, const fp_packed *p, const float *dy,
                        size_t tokens, float *dx, int threads, void *work)
 {
     dense_call c = {kernels, p, NULL, NULL, dy, dx, tokens, work};
-    fp_parallel_for(blocks_in(p->cols, ACROSS), threads, backward_task, &c);
+    fp_parallel_for(blocks_in(p->cols, ACROSS) * parts_in(tokens), threads, backward_task, &c);
 }
 
 void fp_dense_gradient(const fp_kernels *kernels, const fp_packed *p, const float *dy,
