@@ -307,7 +307,7 @@ def test_training_learns_and_keeps_embeddings_and_zeros(make_model, labelled):
     made.compressed = lambda *_: compressed  # type: ignore[method-assign]
     encoder, _ = made.module("foldprune", 0.4, quiet)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     classifier = Classifier(encoder, 2)
     rows = Texts(words, data.train.texts, 12)
     groups = rows.endless(8, np.random.default_rng(0))
@@ -320,8 +320,7 @@ def test_training_learns_and_keeps_embeddings_and_zeros(make_model, labelled):
     trained = [p for p in classifier.parameters() if p.requires_grad]
     assert train(trained, loss, steps=150, lr=3e-3, progress=quiet) == 150
     found = predict(classifier, Texts(words, data.test.texts, 12), 8)
-    # of 24; over starts of the head 20 to 24 are right, by guessing 19 once in 300 times
-    assert np.sum(np.array(found) == data.test.labels) >= 19
+    assert np.mean(np.array(found) == data.test.labels) > 0.9
     dense = foldprune.torch.to_compressed(encoder)
     changed = 0
     for name in compressed:

@@ -251,18 +251,25 @@ static fp_status check(const fp_kernels *kernels, const fp_packed *p, const void
     return !work || work_bytes < fp_matmul_work(p, tokens, threads) ? FP_ERR_ARGUMENT : FP_OK;
 }
 
+/* FP_OK and what *method is now. */
+static fp_status settle(const fp_packed *p, fp_product product, size_t tokens,
+                        fp_matmul_method *method)
+{
+    if (*method == FP_MATMUL_AUTO)
+        *method = fp_matmul_choice(p, product, tokens);
+    if (*method == FP_MATMUL_VECTOR && product != FP_FORWARD)
+        return FP_ERR_ARGUMENT;
+    return *method == FP_MATMUL_DENSE && !fp_dense_fits(p, tokens) ? FP_ERR_OVERFLOW : FP_OK;
+}
+
 fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const void *x,
                             size_t tokens, const void *bias, void *y, fp_matmul_method method,
                             int threads, void *work, size_t work_bytes)
 {
     fp_status status = check(kernels, p, x, p ? p->cols : 0, y, p ? p->rows : 0, tokens, threads,
                              work, work_bytes);
-    if (status)
+    if (status || (status = settle(p, FP_FORWARD, tokens, &method)))
         return status;
-    if (method == FP_MATMUL_AUTO)
-        method = fp_matmul_choice(p, FP_FORWARD, tokens);
-    if (method == FP_MATMUL_DENSE && !fp_dense_fits(p, tokens))
-        return FP_ERR_OVERFLOW;
     if (p->dtype == FP_F64) {
         call_f64 c = {.kernels = kernels, .p = p, .bias = bias, .y = y};
         run_f64(c, FP_FORWARD, x, NULL, tokens, threads, work);
@@ -283,17 +290,6 @@ fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const
         }
     }
     return FP_OK;
-}
-
-/* Of a product that has no kernel for few tokens: FP_OK and what *method is now. */
-static fp_status settle(const fp_packed *p, fp_product product, size_t tokens,
-                        fp_matmul_method *method)
-{
-    if (*method == FP_MATMUL_AUTO)
-        *method = fp_matmul_choice(p, product, tokens);
-    if (*method == FP_MATMUL_VECTOR)
-        return FP_ERR_ARGUMENT;
-    return *method == FP_MATMUL_DENSE && !fp_dense_fits(p, tokens) ? FP_ERR_OVERFLOW : FP_OK;
 }
 
 fp_status fp_matmul_backward(const fp_kernels *kernels, const fp_packed *p, const void *dy,

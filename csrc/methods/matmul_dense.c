@@ -20,6 +20,7 @@ typedef struct dense_call {
     float *y; /* what is computed: y, dx or dvalues */
     size_t tokens;
     buffer *buffers; /* one for every worker */
+    fp_product product;
 } dense_call;
 
 /* Rows or columns of a block, or tokens. */
@@ -28,9 +29,24 @@ typedef struct span {
     size_t begin, size;
 } span;
 
-static size_t blocks_in(size_t n, size_t most)
+/* All rows or columns, and how many tiles of them a block has at most. */
+typedef struct side {
+    size_t features, most;
+} side;
+
+static side rows_of(const fp_packed *p)
 {
-    return (fp_tiles_in(n) + most - 1) / most;
+    return (side){p->rows, DOWN};
+}
+
+static side columns_of(const fp_packed *p)
+{
+    return (side){p->cols, ACROSS};
+}
+
+static size_t blocks_in(side s)
+{
+    return (fp_tiles_in(s.features) + s.most - 1) / s.most;
 }
 
 static size_t parts_in(size_t tokens)
@@ -38,17 +54,17 @@ static size_t parts_in(size_t tokens)
     return (tokens + MOST_TOKENS - 1) / MOST_TOKENS;
 }
 
-/* The i-th of the blocks of at most so many tiles; they are alike. */
-static span span_of(size_t n, size_t most, size_t i)
+/* The i-th block; they are alike. */
+static span span_of(side of, size_t i)
 {
-    size_t tiles = fp_tiles_in(n), blocks = blocks_in(n, most);
+    size_t tiles = fp_tiles_in(of.features), blocks = blocks_in(of);
     span s = {.first = i * tiles / blocks, .end = (i + 1) * tiles / blocks};
     s.begin = s.first * FP_TILE;
-    s.size = (s.end * FP_TILE < n ? s.end * FP_TILE : n) - s.begin;
+    s.size = (s.end * FP_TILE < of.features ? s.end * FP_TILE : of.features) - s.begin;
     return s;
 }
 
-/* The i-th of the parts of so many tokens, likewise. */
+/* The i-th part of so many tokens, likewise. */
 static span tokens_of(size_t tokens, size_t i)
 {
     size_t parts = parts_in(tokens), begin = i * tokens / parts;
@@ -111,45 +127,26 @@ static void multiply(const char *op_a, const char *op_b, size_t m, size_t n, siz
 
 /* ---- tasks: results that add up in one order, however many threads there are ---------- */
 
-/* Rows of W, some tokens. */
-static void forward_task(void *context, size_t item, int worker)
+/* Features of the result, which are rows of W forward and its columns backward, of some tokens. */
+static void product_task(void *context, size_t item, int worker)
 {
     const dense_call *c = context;
     const fp_packed *p = c->p;
     buffer *b = &c->buffers[worker];
+    int forward = c->product == FP_FORWARD;
+    side from = forward ? columns_of(p) : rows_of(p), to = forward ? rows_of(p) : columns_of(p);
     size_t parts = parts_in(c->tokens);
-    span rows = span_of(p->rows, DOWN, item / parts), tokens = tokens_of(c->tokens, item % parts);
-    const float *x = c->x + tokens.begin * p->cols;
-    float *y = c->y + tokens.begin * p->rows + rows.begin;
+    span results = span_of(to, item / parts), tokens = tokens_of(c->tokens, item % parts);
+    const float *x = (forward ? c->x : c->dy) + tokens.begin * from.features;
+    float *y = c->y + tokens.begin * to.features + results.begin;
     for (size_t t = 0; t < tokens.size; t++)
-        for (size_t i = 0; i < rows.size; i++)
-            y[t * p->rows + i] = c->bias ? c->bias[rows.begin + i] : 0;
-    for (size_t j = 0; j < blocks_in(p->cols, ACROSS); j++) {
-        span cols = span_of(p->cols, ACROSS, j);
-        unpack(c, rows, cols, b);
-        multiply("T", "N", rows.size, tokens.size, cols.size, b->w, STRIDE, x + cols.begin, p->cols,
-                 1, y, p->rows);
-    }
-}
-
-/* Columns of W, some tokens. */
-static void backward_task(void *context, size_t item, int worker)
-{
-    const dense_call *c = context;
-    const fp_packed *p = c->p;
-    buffer *b = &c->buffers[worker];
-    size_t parts = parts_in(c->tokens);
-    span cols = span_of(p->cols, ACROSS, item / parts), tokens = tokens_of(c->tokens, item % parts);
-    const float *dy = c->dy + tokens.begin * p->rows;
-    float *dx = c->y + tokens.begin * p->cols + cols.begin;
-    for (size_t t = 0; t < tokens.size; t++)
-        for (size_t j = 0; j < cols.size; j++)
-            dx[t * p->cols + j] = 0;
-    for (size_t i = 0; i < blocks_in(p->rows, DOWN); i++) {
-        span rows = span_of(p->rows, DOWN, i);
-        unpack(c, rows, cols, b);
-        multiply("N", "N", cols.size, tokens.size, rows.size, b->w, STRIDE, dy + rows.begin,
-                 p->rows, 1, dx, p->cols);
+        for (size_t i = 0; i < results.size; i++)
+            y[t * to.features + i] = c->bias ? c->bias[results.begin + i] : 0;
+    for (size_t j = 0; j < blocks_in(from); j++) {
+        span sums = span_of(from, j);
+        unpack(c, forward ? results : sums, forward ? sums : results, b);
+        multiply(forward ? "T" : "N", "N", results.size, tokens.size, sums.size, b->w, STRIDE,
+                 x + sums.begin, from.features, 1, y, to.features);
     }
 }
 
@@ -159,9 +156,8 @@ static void gradient_task(void *context, size_t item, int worker)
     const dense_call *c = context;
     const fp_packed *p = c->p;
     buffer *b = &c->buffers[worker];
-    size_t across = blocks_in(p->cols, ACROSS);
-    span rows = span_of(p->rows, DOWN, item / across),
-         cols = span_of(p->cols, ACROSS, item % across);
+    size_t across = blocks_in(columns_of(p));
+    span rows = span_of(rows_of(p), item / across), cols = span_of(columns_of(p), item % across);
     multiply("N", "T", cols.size, rows.size, c->tokens, c->x + cols.begin, p->cols,
              c->dy + rows.begin, p->rows, 0, b->w, STRIDE);
     pack(c, rows, cols, b);
@@ -182,21 +178,20 @@ size_t fp_dense_work(int threads)
 void fp_dense_forward(const fp_kernels *kernels, const fp_packed *p, const float *x, size_t tokens,
                       const float *bias, float *y, int threads, void *work)
 {
-    dense_call c = {kernels, p, bias, x, NULL, y, tokens, work};
-    fp_parallel_for(blocks_in(p->rows, DOWN) * parts_in(tokens), threads, forward_task, &c);
+    dense_call c = {kernels, p, bias, x, NULL, y, tokens, work, FP_FORWARD};
+    fp_parallel_for(blocks_in(rows_of(p)) * parts_in(tokens), threads, product_task, &c);
 }
 
 void fp_dense_backward(const fp_kernels *kernels, const fp_packed *p, const float *dy,
                        size_t tokens, float *dx, int threads, void *work)
 {
-    dense_call c = {kernels, p, NULL, NULL, dy, dx, tokens, work};
-    fp_parallel_for(blocks_in(p->cols, ACROSS) * parts_in(tokens), threads, backward_task, &c);
+    dense_call c = {kernels, p, NULL, NULL, dy, dx, tokens, work, FP_BACKWARD};
+    fp_parallel_for(blocks_in(columns_of(p)) * parts_in(tokens), threads, product_task, &c);
 }
 
 void fp_dense_gradient(const fp_kernels *kernels, const fp_packed *p, const float *dy,
                        const float *x, size_t tokens, float *dvalues, int threads, void *work)
 {
-    dense_call c = {kernels, p, NULL, x, dy, dvalues, tokens, work};
-    fp_parallel_for(blocks_in(p->rows, DOWN) * blocks_in(p->cols, ACROSS), threads, gradient_task,
-                    &c);
+    dense_call c = {kernels, p, NULL, x, dy, dvalues, tokens, work, FP_GRADIENT};
+    fp_parallel_for(blocks_in(rows_of(p)) * blocks_in(columns_of(p)), threads, gradient_task, &c);
 }

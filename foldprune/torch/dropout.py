@@ -25,10 +25,9 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        ours = input.device.type == "cpu" and input.layout is torch.strided
-        if not self.training or self.inplace or not ours or input.dtype not in FLOATS:
-            return super().forward(input)
-        if not 0 < self.p < 1:
+        drops = self.training and 0 < self.p < 1 and not self.inplace
+        known = input.device.type == "cpu" and input.layout is torch.strided
+        if not drops or not known or input.dtype not in FLOATS:
             return super().forward(input)
         dropped: torch.Tensor = _dropout(input, torch.randint(2**63 - 1, ()), self.p)
         return dropped

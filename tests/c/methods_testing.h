@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "foldprune.h"
+#include "softmax.h"
 
 static int passed, failed;
 
@@ -67,6 +68,17 @@ static inline void release(void *work, size_t bytes)
         intact &= p[bytes + i] == 0x5a;
     CHECK(intact);
     free(work);
+}
+
+/* Dropout's definition: whether the j-th of a row falls away. */
+static inline int is_dropped(uint64_t seed, uint64_t row, size_t j, double p)
+{
+    uint64_t x = seed + (row + 1) * UINT64_C(0x9e3779b97f4a7c15);
+    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+    x ^= x >> 31;
+    const uint32_t key[2] = {(uint32_t)x, (uint32_t)(x >> 32)};
+    return fp_is_dropped(key, (uint32_t)j, (uint32_t)(p * 4294967296.0));
 }
 
 static inline int bit(const uint8_t *mask, size_t i)

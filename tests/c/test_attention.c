@@ -5,7 +5,6 @@
 #include "foldprune_attention.h"
 #include "lapack.h"
 #include "methods_testing.h"
-#include "softmax.h"
 
 typedef struct shape {
     size_t batch, heads, kv_heads, n, m, rank, dim;
@@ -61,15 +60,8 @@ static double logit(const fp_attention *a, size_t batch, size_t head, size_t i, 
 static double dropped(const fp_attention *a, size_t batch, size_t head, size_t i, size_t j,
                       double weight)
 {
-    uint64_t x = a->seed + (((uint64_t)batch * a->heads + head) * a->n + i + 1) *
-                               UINT64_C(0x9e3779b97f4a7c15);
-    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
-    x ^= x >> 31;
-    const uint32_t row[2] = {(uint32_t)x, (uint32_t)(x >> 32)};
-    return fp_is_dropped(row, (uint32_t)j, (uint32_t)(a->dropout * 4294967296.0))
-               ? 0
-               : weight / (1 - a->dropout);
+    uint64_t row = ((uint64_t)batch * a->heads + head) * a->n + i;
+    return is_dropped(a->seed, row, j, a->dropout) ? 0 : weight / (1 - a->dropout);
 }
 
 /* Output of one query by the definition; returns the log-sum-exp. */

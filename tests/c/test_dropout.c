@@ -1,17 +1,11 @@
 /* Dropout of activations: its definition, the same bytes from every variant and thread count. */
 #include "methods_testing.h"
-#include "softmax.h"
 
 enum { LARGEST = 5000, ROW = 1024 };
 
 static int is_zero(uint64_t seed, size_t i, double p)
 {
-    uint64_t x = seed + (i / ROW + 1) * UINT64_C(0x9e3779b97f4a7c15);
-    x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-    x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
-    x ^= x >> 31;
-    const uint32_t row[2] = {(uint32_t)x, (uint32_t)(x >> 32)};
-    return fp_is_dropped(row, (uint32_t)(i % ROW), (uint32_t)(p * 4294967296.0));
+    return is_dropped(seed, i / ROW, i % ROW, p);
 }
 
 static void test_case(const fp_kernels *kernels, fp_dtype dtype, size_t n, double p, int threads)
