@@ -100,6 +100,23 @@ def test_generate(both, token_ids, family, recipe):
     close(torch.cat(parts, 1), logits(dense, token_ids))
 
 
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
+def test_gelu_in_one_step(make_model, name):
+    """The same function and gradient, in the module that was there, with its hooks."""
+    model = copy.deepcopy(make_model("gpt2"))
+    dense = transformers.activations.ACT2FN[name]
+    layer = model.transformer.h[0].mlp.act = copy.deepcopy(dense)
+    called: list[Any] = []
+    layer.register_forward_hook(lambda *_: called.append(1))
+    convert(model, foldprune.compress(model, 0.5))
+    assert type(layer) is torch.nn.GELU and layer is model.transformer.h[0].mlp.act
+    x = torch.linspace(-12, 12, 5001, dtype=torch.float64, requires_grad=True)
+    y, expected = layer(x), dense(x)
+    close(y, expected, 1e-9)
+    close(*(torch.autograd.grad(v.sum(), x)[0] for v in (y, expected)), 1e-9)
+    assert called and "tanh" in repr(layer)
+
+
 def test_cache_holds_folded_keys(both, token_ids):
     _, converted, _ = both("llama-gqa", "irc 3")
     with torch.no_grad():

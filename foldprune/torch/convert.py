@@ -28,6 +28,8 @@ from .tensors import from_numpy, storage_key, to_numpy
 __all__ = ["convert", "pack_more"]
 
 _FOLDED = (Rows, Planes, Diagonal)
+# transformers' GELUs by a tanh that write eight tensors where torch's writes one
+_GELU_IN_STEPS = ("NewGELUActivation", "FastGELUActivation")
 _PackedLayer = PackedLinear | PackedEmbedding
 
 
@@ -37,7 +39,8 @@ def convert(model: nn.Module, compressed: Compressed, *, dtype: Any = None) -> n
 
     Pruned matrices become ``PackedLinear`` and ``PackedEmbedding`` (tied ones stay tied), attention
     whose query, key or value is folded becomes ``FoldedAttention``, dropout draws faster
-    (``Dropout``), everything else is loaded as ``load_state_dict`` does. The outputs are those of
+    (``Dropout``), transformers' ``gelu_new`` and ``gelu_fast`` become torch's GELU, everything else
+    is loaded as ``load_state_dict`` does. The outputs are those of
     the model with ``compressed.state_dict()``, to rounding. Training goes on in the compressed
     form: kept weights alone change.
 
@@ -237,8 +240,7 @@ class _Plan:
         for path, fold in self.folded.items():
             _set(self.model, path, fold.build(self.model.get_submodule(path)))
         for module in self.model.modules():
-            if type(module) is nn.Dropout:
-                module.__class__ = Dropout  # its hooks stay, and whoever holds it
+            _make_faster(module)
         described = {
             name: {**encodings.describe(encoding), "swapped": swapped.get(name, False)}
             for name, encoding in compressed.encodings.items()
@@ -257,6 +259,15 @@ class _Plan:
             compressed.framework,
         )
         setattr(self.model, ORIGIN, origin)
+
+
+def _make_faster(module: Any) -> None:
+    """What stands between packed matrices, in place: its hooks stay, and whoever holds it."""
+    if type(module) is nn.Dropout:
+        module.__class__ = Dropout
+    elif type(module).__name__ in _GELU_IN_STEPS:
+        module.__class__ = nn.GELU
+        module.approximate = "tanh"
 
 
 def _use(
