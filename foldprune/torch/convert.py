@@ -40,9 +40,9 @@ def convert(model: nn.Module, compressed: Compressed, *, dtype: Any = None) -> n
     Pruned matrices become ``PackedLinear`` and ``PackedEmbedding`` (tied ones stay tied), attention
     whose query, key or value is folded becomes ``FoldedAttention``, dropout draws faster
     (``Dropout``), transformers' ``gelu_new`` and ``gelu_fast`` become torch's GELU, everything else
-    is loaded as ``load_state_dict`` does. The outputs are those of
-    the model with ``compressed.state_dict()``, to rounding. Training goes on in the compressed
-    form: kept weights alone change.
+    is loaded as ``load_state_dict`` does. The outputs are those of the model with
+    ``compressed.state_dict()``, to rounding. Training goes on in the compressed form: kept weights
+    alone change.
 
     Parameters
     ----------
