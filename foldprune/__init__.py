@@ -37,6 +37,7 @@ from .recipe import Recipe
 from .report import Report, Row, Total
 from .sensitivity import Point, Sensitivity, sensitivity
 from .verify import Verification, verify
+from .version import version as _version
 
 __all__ = [
     "Calibration",
@@ -74,3 +75,9 @@ __all__ = [
     "sensitivity",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # read when asked for: it takes longer than the import of foldprune
+        return _version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -50,6 +50,7 @@ from .spread import choose, fill, settled_recipe
 from .tensor_files import SafetensorsFile, write_safetensors
 from .tensors import Checkpoint
 from .units import BY_RATE, Plan, Unit
+from .version import version
 
 __all__ = ["compress_checkpoint", "decompress_checkpoint"]
 
@@ -129,7 +130,7 @@ def compress_checkpoint(
     parts = units.partition(layout, source.files, sizes)
 
     asked = {
-        "foldprune": _version(),
+        "foldprune": version(),
         "rate": rate if recipe is None else None,
         "recipe": None if recipe is None else recipe.to_dict(),
         "heads": head_facts(layout),
@@ -366,15 +367,6 @@ def _stamp(path: str) -> list[int]:
     """Size and time of change: another file of the same name has others."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns]
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version  # slow to import
-
-    try:
-        return version("foldprune")
-    except PackageNotFoundError:  # run from a source tree
-        return "(not installed)"
 
 
 # ---- folders ------------------------------------------------------------------------------------

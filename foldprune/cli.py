@@ -7,7 +7,6 @@ Results go to standard output; progress, warnings and errors to standard error. 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .errors import FoldpruneWarning
+from .version import version
 
 if TYPE_CHECKING:
     from .compressed import Compressed
@@ -237,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
         "foldprune",
         description="Smaller transformer checkpoints by pruning and by folding attention.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
@@ -361,10 +361,3 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads (default: all processors)"
     )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("foldprune")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "(not installed)"

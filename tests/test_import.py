@@ -53,7 +53,7 @@ def test_errors_are_also_the_built_in_ones():
 
 def test_one_version_string():
     version = importlib.metadata.version("foldprune")
-    assert getattr(foldprune, "__version__", version) == version
+    assert foldprune.__version__ == version
 
 
 def test_importing_twice_and_from_threads():
