@@ -2,6 +2,7 @@
  * is known about the processor. */
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "matmul.h"
 
@@ -118,4 +119,29 @@ const fp_kernels *fp_kernels_default(void)
         if (variants[i].kernels && variants[i].supported())
             best = variants[i].kernels;
     return best;
+}
+
+/* Of one core, in bytes, or less than 1 where the system does not say. It is asked once: some ask
+ * the processor, which in a virtual machine takes long. */
+static long first_cache(void)
+{
+    static _Atomic long bytes;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    if (!bytes) {
+        long found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+        bytes = found ? found : -1;
+    }
+#endif
+    return bytes;
+}
+
+/* A tile of activations has to leave a quarter of the first cache to weights and sums. */
+size_t fp_best_width(const fp_matmul_kernels *kernels)
+{
+    long room = first_cache() / 4 * 3;
+    size_t width = FP_WIDTH_USUAL;
+    while (width < kernels->width_max &&
+           (long)((width + FP_WIDTH_STEP) * FP_TILE * sizeof(float)) <= room)
+        width += FP_WIDTH_STEP;
+    return width;
 }

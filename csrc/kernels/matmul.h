@@ -13,7 +13,8 @@
 
 enum {
     FP_WIDTH_STEP = 16,
-    FP_WIDTH_MAX = 96,      /* whose sums fill twelve of AVX2's sixteen registers */
+    FP_WIDTH_USUAL = 96,    /* whose sums fill twelve of AVX2's sixteen registers */
+    FP_WIDTH_MAX = 128,     /* whose sums AVX-512 has registers for twice */
     FP_VECTOR_TOKENS = 4,   /* that `vector` takes at once */
     FP_VALUES_SLACK = 16,   /* values past its own that `vector` may read, but not use */
     FP_VALUES_AHEAD = 4096, /* bytes past its own that `vector` asks for, see fp_ask_ahead */
@@ -35,6 +36,7 @@ enum {
      size_t stride, size_t tokens, float *y)
 
 typedef struct fp_matmul_kernels {
+    size_t width_max; /* that the three with `width` take */
     void(*forward) FP_FORWARD_SIGNATURE(float);
     void(*backward) FP_BACKWARD_SIGNATURE(float);
     void(*gradient) FP_GRADIENT_SIGNATURE(float);
@@ -60,6 +62,10 @@ void fp_backward_f64_scalar FP_BACKWARD_SIGNATURE(double);
 void fp_gradient_f64_scalar FP_GRADIENT_SIGNATURE(double);
 void fp_transpose_f64_scalar(const double *x, size_t x_stride, size_t rows, size_t cols, double *y,
                              size_t y_stride);
+
+/* How wide tiles of tokens are best with these kernels on this processor, a multiple of
+ * FP_WIDTH_STEP. */
+size_t fp_best_width(const fp_matmul_kernels *kernels);
 
 /* Pieces that variants share. */
 

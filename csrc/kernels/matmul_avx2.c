@@ -10,7 +10,7 @@
 
 FP_TARGET_BEGIN(FP_AVX2_FEATURES)
 
-enum { LANES = 8 };
+enum { LANES = 8, WIDTH = FP_WIDTH_USUAL };
 typedef __m256 vector;
 
 static inline vector load(const float *x)
@@ -43,15 +43,38 @@ static inline vector muladd(vector a, vector b, vector c)
     return _mm256_fmadd_ps(a, b, c);
 }
 
+static inline vector muladd_if(int is, vector a, vector b, vector c)
+{
+    return is ? muladd(a, b, c) : c;
+}
+
 static inline size_t lowest_bit(uint64_t m)
 {
     return _tzcnt_u64(m);
 }
 
-static inline void reduce4(vector a, vector b, vector c, vector d, float *y)
+static inline __m128 lane_sums(vector a, vector b, vector c, vector d)
 {
     vector pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+
+static inline void reduce4(vector a, vector b, vector c, vector d, float *y)
+{
+    _mm_storeu_ps(y, lane_sums(a, b, c, d));
+}
+
+/* Masked stores are slow on AMD's processors. */
+static inline void reduce4_add(vector a, vector b, vector c, vector d, float *y, int n)
+{
+    float sums[4];
+    if (n >= 4) {
+        _mm_storeu_ps(y, _mm_add_ps(_mm_loadu_ps(y), lane_sums(a, b, c, d)));
+        return;
+    }
+    reduce4(a, b, c, d, sums);
+    for (int i = 0; i < n; i++)
+        y[i] += sums[i];
 }
 
 /* By halves of four lanes, each from values of its own: shuffles within a half are four times as

@@ -5,7 +5,8 @@
  *         sixteen of mask, 0 elsewhere (part is a constant);
  *
  * includes this file, and then the loops as matmul_avx2.c does. */
-enum { LANES = 16 };
+enum { LANES = 16, WIDTH = FP_WIDTH_MAX, NARROW = FP_WIDTH_USUAL / LANES };
+#define TWO_CHAINS
 typedef __m512 vector;
 
 static inline vector load(const float *x)
@@ -23,6 +24,25 @@ static inline vector splat(float a)
     return _mm512_set1_ps(a);
 }
 
+/* Loads of vectors take up all of Zen 4's ports for them, but integers have one of their own.
+ * Wider tiles are for other processors. */
+static inline vector splat_weight(float a, int vectors)
+{
+    int32_t bits;
+    if (vectors > NARROW)
+        return splat(a);
+    memcpy(&bits, &a, sizeof bits);
+    FP_ADDRESS(bits);
+    return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
+}
+
+/* Zen 4 takes four cycles for a multiply-add and begins one in each, so that five or six vectors
+ * need no second chain, whose odd step costs; processors with wider tiles begin two. */
+static inline int chains_of(int vectors)
+{
+    return vectors > 4 && vectors <= NARROW ? 1 : 2;
+}
+
 static inline vector zero(void)
 {
     return _mm512_setzero_ps();
@@ -38,21 +58,42 @@ static inline vector muladd(vector a, vector b, vector c)
     return _mm512_fmadd_ps(a, b, c);
 }
 
+static inline vector muladd_if(int is, vector a, vector b, vector c)
+{
+    return _mm512_mask3_fmadd_ps(a, b, c, (__mmask16)-is);
+}
+
 static inline size_t lowest_bit(uint64_t m)
 {
     return _tzcnt_u64(m);
 }
 
-static inline __m256 halves_sum(vector a)
+/* The halves of a added, then those of b. */
+static inline __m512 halves_sums(vector a, vector b)
 {
-    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+}
+
+static inline __m128 lane_sums(vector a, vector b, vector c, vector d)
+{
+    __m512 ab = halves_sums(a, b), cd = halves_sums(c, d);
+    __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88),
+                               _mm512_shuffle_f32x4(ab, cd, 0xdd)); /* four lanes for each */
+    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4e));
+    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xb1));
+    return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sum));
 }
 
 static inline void reduce4(vector a, vector b, vector c, vector d, float *y)
 {
-    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves_sum(a), halves_sum(b)),
-                                  _mm256_hadd_ps(halves_sum(c), halves_sum(d)));
-    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    _mm_storeu_ps(y, lane_sums(a, b, c, d));
+}
+
+static inline void reduce4_add(vector a, vector b, vector c, vector d, float *y, int n)
+{
+    __mmask8 first = (__mmask8)_bzhi_u32(0xf, (uint32_t)n);
+    __m128 before = _mm_maskz_loadu_ps(first, y);
+    _mm_mask_storeu_ps(y, first, _mm_add_ps(before, lane_sums(a, b, c, d)));
 }
 
 static inline size_t mask_bits(const uint8_t *mask, int part)

@@ -1,39 +1,54 @@
 /* The loops of the matmul family, the same for all instruction sets. A variant's file sets the
- * target, defines the type `vector` of `LANES` floats and
+ * target, defines the type `vector` of `LANES` floats, `WIDTH` (the most tokens of a tile) and
  *
  *     load(x), store(x, v), splat(a), zero(), add(a, b);
- *     muladd(a, b, c): a b + c;
+ *     muladd(a, b, c): a b + c; muladd_if(is, a, b, c): c alone where `is` is 0 and not 1;
  *     lowest_bit(m): the number of the lowest bit of m, not 0;
  *     reduce4(a, b, c, d, y): y[0 .. 4) = the sums of each one's lanes;
+ *     reduce4_add(a, b, c, d, y, n): to the first n of y[0 .. 4) they are added, to all if n > 4;
+ *
+ * and, if it has registers for two chains of sums, defines TWO_CHAINS and
+ *
+ *     chains_of(vectors): 1 or 2, for rows of so many vectors;
+ *     splat_weight(a, vectors): splat(a), where `forward` meets so many vectors with it;
  *
  * and then includes this file. */
 #include "matmul.h"
 #include "target.h"
 
-enum { MOST = FP_WIDTH_MAX / LANES, STEP = FP_WIDTH_STEP / LANES };
+#ifndef TWO_CHAINS
+static inline int chains_of(int vectors)
+{
+    (void)vectors;
+    return 1;
+}
+
+static inline vector splat_weight(float a, int vectors)
+{
+    (void)vectors;
+    return splat(a);
+}
+#endif
+
+enum { MOST = WIDTH / LANES, STEP = FP_WIDTH_STEP / LANES };
 
 /* Calls body(..., vectors) with `vectors` a constant, so that sums stay in registers. */
 #define BY_WIDTH(body, ...)                                                                        \
     switch (width / FP_WIDTH_STEP) {                                                               \
-    case 1:                                                                                        \
-        body(__VA_ARGS__, STEP);                                                                   \
-        break;                                                                                     \
-    case 2:                                                                                        \
-        body(__VA_ARGS__, 2 * STEP);                                                               \
-        break;                                                                                     \
-    case 3:                                                                                        \
-        body(__VA_ARGS__, 3 * STEP);                                                               \
-        break;                                                                                     \
-    case 4:                                                                                        \
-        body(__VA_ARGS__, 4 * STEP);                                                               \
-        break;                                                                                     \
-    case 5:                                                                                        \
-        body(__VA_ARGS__, 5 * STEP);                                                               \
-        break;                                                                                     \
-    case 6:                                                                                        \
-        body(__VA_ARGS__, 6 * STEP);                                                               \
-        break;                                                                                     \
+        CASE(1, body, __VA_ARGS__)                                                                 \
+        CASE(2, body, __VA_ARGS__)                                                                 \
+        CASE(3, body, __VA_ARGS__)                                                                 \
+        CASE(4, body, __VA_ARGS__)                                                                 \
+        CASE(5, body, __VA_ARGS__)                                                                 \
+        CASE(6, body, __VA_ARGS__)                                                                 \
+        CASE(7, body, __VA_ARGS__)                                                                 \
+        CASE(8, body, __VA_ARGS__)                                                                 \
     }
+#define CASE(steps, body, ...)                                                                     \
+    case steps:                                                                                    \
+        if ((steps) * FP_WIDTH_STEP <= WIDTH)                                                      \
+            body(__VA_ARGS__, (steps) * STEP);                                                     \
+        break;
 
 /* Rows that are whole go together, so that a vector of x serves WHOLE_ROWS of them; their sums over
  * up to WHOLE_VECTORS of tokens fill three quarters of the registers, of which AVX2 has 16. */
@@ -80,38 +95,85 @@ INLINE void whole_body(const float *values, const float *x, float *y, size_t wid
     }
 }
 
+/* Sums for a row of a tile, or a column. In two chains that take turns where one alone would wait
+ * for its last multiply-add before the next, and there are registers for two. */
+typedef struct sums {
+    vector chain[2][MOST];
+} sums;
+
+INLINE void sums_start(sums *s, const int vectors)
+{
+    FP_UNROLL
+    for (int n = 0; n < chains_of(vectors) * vectors; n++)
+        s->chain[n / vectors][n % vectors] = zero();
+}
+
+INLINE void sums_add(sums *s, const int chain, vector w, const float *from, const int vectors)
+{
+    FP_ADDRESS(from);
+    FP_UNROLL
+    for (int v = 0; v < vectors; v++)
+        s->chain[chain][v] = muladd(w, load(from + LANES * v), s->chain[chain][v]);
+}
+
+/* As sums_add if `is` is 1. It is often 0 and often 1, so that no branch would be foreseen. */
+INLINE void sums_add_if(sums *s, int is, vector w, const float *from, const int vectors)
+{
+    FP_ADDRESS(from);
+    FP_UNROLL
+    for (int v = 0; v < vectors; v++)
+        s->chain[0][v] = muladd_if(is, w, load(from + LANES * v), s->chain[0][v]);
+}
+
+INLINE void sums_end(const sums *s, float *y, const int vectors)
+{
+    FP_UNROLL
+    for (int v = 0; v < vectors; v++) {
+        vector sum = s->chain[0][v];
+        FP_UNROLL
+        for (int c = 1; c < chains_of(vectors); c++)
+            sum = add(sum, s->chain[c][v]);
+        store(y + LANES * v, add(load(y + LANES * v), sum));
+    }
+}
+
 INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values, const float *x,
                          float *y, const int vectors)
 {
     const size_t width = (size_t)vectors * LANES;
+    const int chains = chains_of(vectors);
     for (size_t i = 0; i < rows; i++, y += width) {
         if (!mask[i])
             continue;
         if (are_whole(mask + i, rows - i)) {
+            const int parts = (vectors + WHOLE_VECTORS - 1) / WHOLE_VECTORS;
+            const int part = (vectors + parts - 1) / parts;
             FP_UNROLL
-            for (int v = 0; v < vectors; v += WHOLE_VECTORS)
+            for (int v = 0; v < vectors; v += part)
                 whole_body(values, x + LANES * v, y + LANES * v, width,
-                           vectors - v < WHOLE_VECTORS ? vectors - v : WHOLE_VECTORS);
+                           vectors - v < part ? vectors - v : part);
             values += WHOLE_ROWS * FP_TILE;
             i += WHOLE_ROWS - 1;
             y += (WHOLE_ROWS - 1) * width;
             continue;
         }
-        vector sum[MOST];
-        FP_UNROLL
-        for (int v = 0; v < vectors; v++)
-            sum[v] = zero();
-        for (uint64_t m = mask[i]; m; m &= m - 1) {
-            const float *from = x + width * lowest_bit(m);
-            FP_ADDRESS(from);
-            vector w = splat(*values++);
+        uint64_t m = mask[i];
+        int kept = __builtin_popcountll(m);
+        sums s;
+        sums_start(&s, vectors);
+        for (int n = kept / chains; n; n--) {
             FP_UNROLL
-            for (int v = 0; v < vectors; v++)
-                sum[v] = muladd(w, load(from + LANES * v), sum[v]);
+            for (int c = 0; c < chains; c++, m &= m - 1)
+                sums_add(&s, c, splat_weight(*values++, vectors), x + width * lowest_bit(m),
+                         vectors);
         }
-        FP_UNROLL
-        for (int v = 0; v < vectors; v++)
-            store(y + LANES * v, add(load(y + LANES * v), sum[v]));
+        if (chains > 1) {
+            int odd = kept % 2; /* else any of the row's may be read */
+            const float *from = x + width * lowest_bit(odd ? m : mask[i]);
+            sums_add_if(&s, odd, splat_weight(values[odd - 1], vectors), from, vectors);
+            values += odd;
+        }
+        sums_end(&s, y, vectors);
     }
 }
 
@@ -141,6 +203,7 @@ INLINE void backward_body(const uint64_t *mask, size_t rows, const float *values
                           float *dx, const int vectors)
 {
     const size_t width = (size_t)vectors * LANES;
+    const int chains = chains_of(vectors);
     uint64_t columns[FP_TILE];
     uint32_t next[FP_TILE], before = 0;
     transpose_bits(mask, rows, columns);
@@ -149,31 +212,36 @@ INLINE void backward_body(const uint64_t *mask, size_t rows, const float *values
         before += (uint32_t)__builtin_popcountll(mask[i]);
     }
     for (size_t j = 0; j < FP_TILE; j++, dx += width) {
-        vector sum[MOST];
-        FP_UNROLL
-        for (int v = 0; v < vectors; v++)
-            sum[v] = zero();
-        for (uint64_t m = columns[j]; m; m &= m - 1) {
-            size_t i = lowest_bit(m);
-            const float *from = dy + width * i;
-            FP_ADDRESS(from);
-            vector w = splat(values[next[i]++]);
+        uint64_t m = columns[j];
+        if (!m)
+            continue;
+        int kept = __builtin_popcountll(m);
+        sums s;
+        sums_start(&s, vectors);
+        /* one chain has no odd step, and needs no count */
+        for (int n = kept / chains; chains == 1 ? m != 0 : n; n--) {
             FP_UNROLL
-            for (int v = 0; v < vectors; v++)
-                sum[v] = muladd(w, load(from + LANES * v), sum[v]);
+            for (int c = 0; c < chains; c++, m &= m - 1) {
+                size_t i = lowest_bit(m);
+                sums_add(&s, c, splat(values[next[i]++]), dy + width * i, vectors);
+            }
         }
-        FP_UNROLL
-        for (int v = 0; v < vectors; v++)
-            store(dx + LANES * v, add(load(dx + LANES * v), sum[v]));
+        if (chains > 1) {
+            int odd = kept % 2; /* else any of the column's may be read */
+            size_t i = lowest_bit(odd ? m : columns[j]);
+            next[i] += (uint32_t)odd;
+            sums_add_if(&s, odd, splat(values[next[i] - 1]), dy + width * i, vectors);
+        }
+        sums_end(&s, dx, vectors);
     }
 }
 
 static void backward FP_BACKWARD_SIGNATURE(float){
     BY_WIDTH(backward_body, mask, rows, values, dy, dx)}
 
-/* Sums over the tokens for the first four columns of *m, which leaves it; the first again where
- * fewer are left. */
-INLINE void gradient_of_four(uint64_t *m, const vector *d, const float *x, float sums[4],
+/* Adds the sums over the tokens for the first four columns of *m, which leaves it, or for those
+ * that are left. */
+INLINE void gradient_of_four(uint64_t *m, int left, const vector *d, const float *x, float *dvalues,
                              const int vectors)
 {
     const size_t width = (size_t)vectors * LANES;
@@ -191,7 +259,7 @@ INLINE void gradient_of_four(uint64_t *m, const vector *d, const float *x, float
         for (int c = 0; c < 4; c++)
             sum[c] = muladd(d[v], load(from[c] + LANES * v), sum[c]);
     }
-    reduce4(sum[0], sum[1], sum[2], sum[3], sums);
+    reduce4_add(sum[0], sum[1], sum[2], sum[3], dvalues, left);
 }
 
 INLINE void gradient_body(const uint64_t *mask, size_t rows, const float *dy, const float *x,
@@ -202,19 +270,12 @@ INLINE void gradient_body(const uint64_t *mask, size_t rows, const float *dy, co
         uint64_t m = mask[i];
         int left = __builtin_popcountll(m);
         vector d[MOST];
-        float sums[4];
         FP_UNROLL
         for (int v = 0; v < vectors; v++)
             d[v] = load(dy + LANES * v);
-        for (; left >= 4; left -= 4, dvalues += 4) {
-            gradient_of_four(&m, d, x, sums, vectors);
-            for (int c = 0; c < 4; c++)
-                dvalues[c] += sums[c];
-        }
-        if (left)
-            gradient_of_four(&m, d, x, sums, vectors);
-        for (int c = 0; c < left; c++)
-            *dvalues++ += sums[c];
+        for (; left > 0; left -= 4, dvalues += 4)
+            gradient_of_four(&m, left, d, x, dvalues, vectors);
+        dvalues += left; /* back to where the row's end */
     }
 }
 

@@ -98,6 +98,7 @@ DEFINE_VECTOR(uint16_t, bf16)
 DEFINE_VECTOR(int8_t, i8)
 
 const fp_matmul_kernels fp_matmul_scalar = {
+    .width_max = FP_WIDTH_MAX,
     .forward = fp_forward_scalar,
     .backward = fp_backward_scalar,
     .gradient = fp_gradient_scalar,

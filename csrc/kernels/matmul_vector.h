@@ -98,6 +98,7 @@ DEFINE_BODY(int8_t, i8)
 /* The variant's table. */
 #define FP_DEFINE_MATMUL(isa)                                                                      \
     const fp_matmul_kernels fp_matmul_##isa = {                                                    \
+        .width_max = WIDTH,                                                                        \
         .forward = forward,                                                                        \
         .backward = backward,                                                                      \
         .gradient = gradient,                                                                      \

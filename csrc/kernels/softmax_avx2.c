@@ -1,4 +1,6 @@
 /* Exponentials of a softmax row, 2 x 8 lanes. */
+#include "softmax.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -25,7 +25,8 @@
 
 /* FP_IN_REGISTER: for a vector that several instructions read, which compilers else have each of
  * them load. FP_ADDRESS: for an address that several instructions read at, for which they else give
- * each of them base and index, which Intel's processors then issue as two. */
+ * each of them base and index, which Intel's processors then issue as two; or for any integer that
+ * is not to be a vector's yet. */
 #if defined(__x86_64__)
 #define FP_IN_REGISTER(v) __asm__("" : "+v"(v))
 #define FP_ADDRESS(p) __asm__("" : "+r"(p))

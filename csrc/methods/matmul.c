@@ -12,7 +12,7 @@
 enum {
     CHUNK = 384,    /* tokens, whose transposed activations stay in the last cache */
     LEAST_OWN = 80, /* tokens of a tile for which a thread works alone, on average */
-    GROUP = 8 /* tiles of results that stay in the second cache while a tile of x is in the first */
+    GROUP = 16      /* tiles of results that stay in the second cache while a tile of x is met */
 };
 
 /* Tokens go in tiles as wide as registers allow, and alike: a narrow last one would cost the same
@@ -30,12 +30,12 @@ static token_tile token_tile_of(size_t tokens, size_t tiles, size_t i)
     return t;
 }
 
-/* In how many tiles tokens go if every thread has as many of its own, or 0: these would be too
- * narrow. */
-static size_t own_tiles(size_t tokens, int threads)
+/* In how many tiles, at most so wide, tokens go if every thread has as many of its own, or 0: these
+ * would be too narrow. */
+static size_t own_tiles(size_t tokens, size_t width, int threads)
 {
     size_t workers = (size_t)fp_clamp_threads(threads);
-    size_t least = (tokens + FP_WIDTH_MAX - 1) / FP_WIDTH_MAX;
+    size_t least = (tokens + width - 1) / width;
     size_t tiles = (least + workers - 1) / workers * workers;
     return tiles * LEAST_OWN <= tokens ? tiles : 0;
 }

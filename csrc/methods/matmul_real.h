@@ -208,7 +208,7 @@ static size_t NAME(plan)(NAME(call) * c, size_t tokens, int threads, char *base)
     size_t used = 0, workers = (size_t)fp_clamp_threads(threads);
     size_t most = tokens < CHUNK ? tokens : CHUNK;
     size_t shared = (most + FP_WIDTH_STEP - 1) / FP_WIDTH_STEP * FP_WIDTH_STEP;
-    size_t own = own_tiles(tokens, threads) ? workers * FP_WIDTH_MAX : 0;
+    size_t own = tokens < workers * LEAST_OWN ? 0 : workers * FP_WIDTH_MAX; /* if any */
     size_t width = (own > shared ? own : shared) * FP_TILE;
     c->x.t = fp_take(base, &used, fp_tiles_in(c->p->cols) * width, sizeof(REAL));
     c->dy.t = fp_take(base, &used, fp_tiles_in(c->p->rows) * width, sizeof(REAL));
@@ -241,7 +241,8 @@ static void NAME(run)(NAME(call) c, fp_product product, const REAL *x, const REA
     c.make = product == FP_FORWARD ? NAME(forward_tiles) : NAME(backward_tiles);
     c.results = fp_tiles_in(features);
     NAME(plan)(&c, tokens, threads, work);
-    size_t own = product == FP_GRADIENT ? 0 : own_tiles(tokens, threads);
+    size_t width = fp_best_width(c.kernels->matmul);
+    size_t own = product == FP_GRADIENT ? 0 : own_tiles(tokens, width, threads);
     if (own) {
         c.tokens = tokens;
         c.token_tiles = own;
@@ -251,7 +252,7 @@ static void NAME(run)(NAME(call) c, fp_product product, const REAL *x, const REA
     }
     for (size_t begin = 0; begin < tokens; begin += c.tokens) {
         c.tokens = tokens - begin < CHUNK ? tokens - begin : CHUNK;
-        c.token_tiles = (c.tokens + FP_WIDTH_MAX - 1) / FP_WIDTH_MAX;
+        c.token_tiles = (c.tokens + width - 1) / width;
         if (product != FP_BACKWARD)
             NAME(transpose_chunk)(&c, &c.x, threads);
         if (product != FP_FORWARD)
