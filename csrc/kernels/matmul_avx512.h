@@ -1,10 +1,6 @@
 /* Products with tiles, sixteen floats at a time: all but how values meet their places. A variant's
- * file includes <immintrin.h>, <string.h>, matmul.h and target.h, sets the target, defines
- *
- *     spread(v, mask, part): the first numbers of v in the places of the bits set in the part-th
- *         sixteen of mask, 0 elsewhere (part is a constant);
- *
- * includes this file, and then the loops as matmul_avx2.c does. */
+ * file includes <immintrin.h>, <string.h>, matmul.h and target.h, sets the target, includes this
+ * file, and then the loops as matmul_avx2.c does. */
 enum { LANES = 16, WIDTH = FP_WIDTH_MAX, NARROW = FP_WIDTH_USUAL / LANES };
 #define TWO_CHAINS
 typedef __m512 vector;
@@ -116,6 +112,19 @@ static inline vector widen_bf16(__m256i values)
 static inline vector widen_i8(__m128i values)
 {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values));
+}
+
+/* The first numbers of v in the places of the bits set in the part-th sixteen of mask, 0 elsewhere
+ * (part is a constant). On Zen 4 the instruction waits for what was in its result's register, even
+ * to zero it: for a zero that is there already is no wait. */
+static inline vector spread(vector v, const uint8_t *mask, int part)
+{
+    uint64_t word; /* shifted where it is used, which takes less than loading each part */
+    vector zeros = zero();
+    FP_IN_REGISTER(zeros);
+    memcpy(&word, mask, sizeof word);
+    __mmask16 kept = (__mmask16)_kshiftri_mask64(_cvtu64_mask64(word), 16 * part);
+    return _mm512_mask_expand_ps(zeros, kept, v);
 }
 
 static inline vector expand_f32(const float *values, const uint8_t *mask, int part)

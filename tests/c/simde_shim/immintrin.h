@@ -7,6 +7,7 @@
 #include <string.h>
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
+#define SIMDE_NO_INLINE /* inlined, the loops take minutes to compile */
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
 
@@ -48,8 +49,12 @@ typedef uint16_t __mmask16;
 #define _mm_popcnt_u32(m) __builtin_popcount(m)
 #define _mm_popcnt_u64(m) __builtin_popcountll(m)
 #define _tzcnt_u64(m) ((size_t)__builtin_ctzll(m)) /* of kernels, never 0 */
-#define _bzhi_u32(m, bits) ((uint32_t)((m) & ((UINT64_C(1) << (bits)) - 1)))
-#define _bzhi_u64(m, bits) ((m) & ((UINT64_C(1) << (bits)) - 1))
+static inline uint64_t fp_bzhi(uint64_t m, size_t bits)
+{
+    return bits < 64 ? m & ((UINT64_C(1) << bits) - 1) : m;
+}
+#define _bzhi_u32(m, bits) ((uint32_t)fp_bzhi(m, bits))
+#define _bzhi_u64 fp_bzhi
 
 static inline __m512 fp_cvtph(__m256i x)
 {
@@ -75,11 +80,12 @@ FP_SHIM_EXPAND(64, 8)
 #define _mm512_maskz_expand_epi32 fp_expand32
 #define _mm512_maskz_expand_epi64 fp_expand64
 
-static inline __m512 fp_expand_ps(uint32_t m, __m512 x)
+static inline __m512 fp_expand_ps(__m512 before, uint32_t m, __m512 x)
 {
-    return _mm512_castsi512_ps(fp_expand32(m, _mm512_castps_si512(x)));
+    __m512 expanded = _mm512_castsi512_ps(fp_expand32(m, _mm512_castps_si512(x)));
+    return _mm512_mask_mov_ps(before, (__mmask16)m, expanded);
 }
-#define _mm512_maskz_expand_ps fp_expand_ps
+#define _mm512_mask_expand_ps fp_expand_ps
 
 static inline __m512 fp_cvtepi8_ps(__m128i x)
 {
@@ -120,9 +126,11 @@ FP_SHIM_WIDEN(fp_cvtepu8, __m128i, uint8_t)
         return v;                                                                                  \
     }
 FP_SHIM_MASKED_LOAD(fp_masked_load_ps, __m512, float, 16)
+FP_SHIM_MASKED_LOAD(fp_masked_load4_ps, __m128, float, 4)
 FP_SHIM_MASKED_LOAD(fp_masked_load_epi16, __m256i, uint16_t, 16)
 FP_SHIM_MASKED_LOAD(fp_masked_load_epi8, __m128i, uint8_t, 16)
 #define _mm512_maskz_loadu_ps fp_masked_load_ps
+#define _mm_maskz_loadu_ps fp_masked_load4_ps
 #define _mm256_maskz_loadu_epi16 fp_masked_load_epi16
 #define _mm_maskz_loadu_epi8 fp_masked_load_epi8
 
@@ -138,12 +146,53 @@ static inline __m256i fp_compress(__m256i rest, uint32_t m, __m256i x)
 }
 #define _mm256_mask_compress_epi8 fp_compress
 
-static inline __m256 fp_extractf32x8(__m512 x, int half)
+static inline __m512 fp_mask3_fmadd(__m512 a, __m512 b, __m512 c, __mmask16 m)
 {
-    float both[16];
-    _mm512_storeu_ps(both, x);
-    return _mm256_loadu_ps(both + 8 * half);
+    return _mm512_mask_mov_ps(c, m, _mm512_fmadd_ps(a, b, c));
 }
-#define _mm512_extractf32x8_ps fp_extractf32x8
+#define _mm512_mask3_fmadd_ps fp_mask3_fmadd
+
+/* Lanes of four: two of a and two of b, each by two bits of `which`. */
+static inline __m512 fp_shuffle_f32x4(__m512 a, __m512 b, int which)
+{
+    float from[2][16], to[16];
+    _mm512_storeu_ps(from[0], a);
+    _mm512_storeu_ps(from[1], b);
+    for (int i = 0; i < 4; i++)
+        memcpy(to + 4 * i, from[i / 2] + 4 * (which >> 2 * i & 3), 4 * sizeof *to);
+    return _mm512_loadu_ps(to);
+}
+#define _mm512_shuffle_f32x4 fp_shuffle_f32x4
+
+static inline __m512 fp_permute_ps(__m512 x, int which)
+{
+    float from[16], to[16];
+    _mm512_storeu_ps(from, x);
+    for (int i = 0; i < 16; i++)
+        to[i] = from[i / 4 * 4 + (which >> i % 4 * 2 & 3)];
+    return _mm512_loadu_ps(to);
+}
+#define _mm512_permute_ps fp_permute_ps
+
+static inline __m512 fp_compress_ps(uint32_t m, __m512 x)
+{
+    float from[16], to[16] = {0};
+    _mm512_storeu_ps(from, x);
+    for (int i = 0, k = 0; i < 16; i++)
+        if (m >> i & 1)
+            to[k++] = from[i];
+    return _mm512_loadu_ps(to);
+}
+#define _mm512_maskz_compress_ps fp_compress_ps
+
+static inline void fp_masked_store_ps(float *to, uint32_t m, __m128 x)
+{
+    float from[4];
+    _mm_storeu_ps(from, x);
+    for (int i = 0; i < 4; i++)
+        if (m >> i & 1)
+            to[i] = from[i];
+}
+#define _mm_mask_storeu_ps fp_masked_store_ps
 
 #endif
