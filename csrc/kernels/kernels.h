@@ -9,10 +9,11 @@
 #include "foldprune.h"
 #include "softmax.h"
 
-/* values[0 .. kept) = elements of x[0 .. n) whose mask bit is set. kept is the exact number of
- * them. */
+/* values[0 .. ) = elements of x[0 .. n) whose mask bit is set. There is room for so many values, at
+ * least for these; what follows them may be anything then. Where there is more, none has to be
+ * stored one by one. */
 #define FP_PACK_SIGNATURE(bits)                                                                    \
-    (const uint##bits##_t *x, const uint8_t *mask, size_t n, uint##bits##_t *values, size_t kept)
+    (const uint##bits##_t *x, const uint8_t *mask, size_t n, uint##bits##_t *values, size_t room)
 /* x[0 .. n) from values[0 .. kept), zero where the mask bit is clear. */
 #define FP_UNPACK_SIGNATURE(bits)                                                                  \
     (const uint##bits##_t *values, size_t kept, const uint8_t *mask, size_t n, uint##bits##_t *x)

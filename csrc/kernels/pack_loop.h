@@ -70,21 +70,21 @@ FP_DECLARE_PACK(neon);
     void fp_pack##bits##_##isa FP_PACK_SIGNATURE(bits)                                             \
     {                                                                                              \
         size_t i = 0, k = 0;                                                                       \
-        for (; i + 64 <= n && k + 64 <= kept; i += 64) {                                           \
+        for (; i + 64 <= n && k + 64 <= room; i += 64) {                                           \
             FP_PACK_SPAN(64, bits, lanes)                                                          \
         }                                                                                          \
-        for (; i + 16 <= n && k < kept; i += 16) {                                                 \
+        for (; i + 16 <= n && k < room; i += 16) {                                                 \
             uint32_t next = fp_mask_bits(mask + i / 8, 0, 16);                                     \
             if (!next)                                                                             \
                 continue;                                                                          \
-            if (k + 16 <= kept) {                                                                  \
+            if (k + 16 <= room) {                                                                  \
                 FP_PACK_SPAN(16, bits, lanes)                                                      \
             } else {                                                                               \
-                fp_pack##bits##_scalar(x + i, mask + i / 8, 16, values + k, kept - k);             \
-                k = fp_advance(k, next, kept);                                                     \
+                fp_pack##bits##_scalar(x + i, mask + i / 8, 16, values + k, room - k);             \
+                k = fp_advance(k, next, room);                                                     \
             }                                                                                      \
         }                                                                                          \
-        fp_pack##bits##_scalar(x + i, mask + i / 8, n - i, values + k, kept - k);                  \
+        fp_pack##bits##_scalar(x + i, mask + i / 8, n - i, values + k, room - k);                  \
     }                                                                                              \
     void fp_unpack##bits##_##isa FP_UNPACK_SIGNATURE(bits)                                         \
     {                                                                                              \

@@ -22,13 +22,13 @@ size_t fp_count_bits_scalar(const uint8_t *mask, size_t bytes)
     return total;
 }
 
-/* Stores every element and advances only past kept ones, so there is no branch to mispredict; the
- * last kept element is the last one stored, which keeps the store inside values[0 .. kept). */
+/* Stores every element and advances only past kept ones, so there is no branch to mispredict; once
+ * the room is full it stops. */
 #define FP_DEFINE_PACK(bits)                                                                       \
     void fp_pack##bits##_scalar FP_PACK_SIGNATURE(bits)                                            \
     {                                                                                              \
         size_t k = 0;                                                                              \
-        for (size_t i = 0; i < n && k < kept; i++) {                                               \
+        for (size_t i = 0; i < n && k < room; i++) {                                               \
             values[k] = x[i];                                                                      \
             k += (mask[i >> 3] >> (i & 7)) & 1u;                                                   \
         }                                                                                          \

@@ -7,7 +7,10 @@
 
 /* A block's tiles: it stays in the second cache, and is large enough for BLAS. */
 enum { DOWN = 8, ACROSS = 6, STRIDE = ACROSS * FP_TILE };
-enum { MOST_TOKENS = 512 }; /* of a task, as there may be more threads than blocks */
+/* How many tasks there are does not hang on the threads, whose number would show in the sums. For
+ * those of small matrices to be even, and TASKS of them, results go in an even number of blocks,
+ * and tokens, of which a task has so many, in two parts. */
+enum { TASKS = 4, LEAST_TOKENS = 128, MOST_TOKENS = 512 };
 
 typedef struct buffer {
     float w[DOWN * FP_TILE * STRIDE], values[FP_TILE * FP_TILE];
@@ -29,45 +32,51 @@ typedef struct span {
     size_t begin, size;
 } span;
 
-/* All rows or columns, and how many tiles of them a block has at most. */
+/* All rows or columns: how many there are, in how many blocks of them. */
 typedef struct side {
-    size_t features, most;
+    size_t features, blocks;
 } side;
 
-static side rows_of(const fp_packed *p)
+/* So many, but for `results`, at most. */
+static side side_of(size_t features, size_t most, int results)
 {
-    return (side){p->rows, DOWN};
+    size_t tiles = fp_tiles_in(features), blocks = (tiles + most - 1) / most;
+    if (results && blocks % 2 && blocks < tiles)
+        blocks++;
+    return (side){features, blocks};
 }
 
-static side columns_of(const fp_packed *p)
+static side rows_of(const fp_packed *p, int results)
 {
-    return (side){p->cols, ACROSS};
+    return side_of(p->rows, DOWN, results);
 }
 
-static size_t blocks_in(side s)
+static side columns_of(const fp_packed *p, int results)
 {
-    return (fp_tiles_in(s.features) + s.most - 1) / s.most;
+    return side_of(p->cols, ACROSS, results);
 }
 
-static size_t parts_in(size_t tokens)
+/* Into how many parts tokens go for so many blocks of results. */
+static size_t parts_in(size_t tokens, size_t blocks)
 {
-    return (tokens + MOST_TOKENS - 1) / MOST_TOKENS;
+    size_t parts = (tokens + MOST_TOKENS - 1) / MOST_TOKENS;
+    return parts == 1 && blocks < TASKS && tokens >= 2 * LEAST_TOKENS ? 2 : parts;
 }
 
 /* The i-th block; they are alike. */
 static span span_of(side of, size_t i)
 {
-    size_t tiles = fp_tiles_in(of.features), blocks = blocks_in(of);
-    span s = {.first = i * tiles / blocks, .end = (i + 1) * tiles / blocks};
+    size_t tiles = fp_tiles_in(of.features);
+    span s = {.first = i * tiles / of.blocks, .end = (i + 1) * tiles / of.blocks};
     s.begin = s.first * FP_TILE;
     s.size = (s.end * FP_TILE < of.features ? s.end * FP_TILE : of.features) - s.begin;
     return s;
 }
 
 /* The i-th part of so many tokens, likewise. */
-static span tokens_of(size_t tokens, size_t i)
+static span tokens_of(size_t tokens, size_t parts, size_t i)
 {
-    size_t parts = parts_in(tokens), begin = i * tokens / parts;
+    size_t begin = i * tokens / parts;
     return (span){.begin = begin, .size = (i + 1) * tokens / parts - begin};
 }
 
@@ -100,17 +109,20 @@ static void unpack(const dense_call *c, span rows, span cols, buffer *b)
 /* The values of a block's gradient from the dense one. */
 static void pack(const dense_call *c, span rows, span cols, buffer *b)
 {
-    for (size_t row = rows.first; row < rows.end; row++)
+    size_t across = fp_tiles_in(c->p->cols);
+    for (size_t row = rows.first; row < rows.end; row++) {
+        size_t end = (size_t)c->p->offset[row * across + cols.end]; /* of this task's values */
         for (size_t col = cols.first; col < cols.end; col++) {
             fp_tile tile = fp_packed_tile(c->p, row, col);
             const float *w = place(b, rows, cols, row, col);
-            float *values = c->y + tile.offset;
+            size_t offset = tile.offset;
             for (size_t i = 0; i < tile.rows; i++, w += STRIDE) {
-                size_t kept = (size_t)__builtin_popcountll(tile.mask[i]);
-                fp_packed_pack_row(c->kernels, sizeof *w, w, tile.mask[i], tile.cols, values, kept);
-                values += kept;
+                fp_packed_pack_row(c->kernels, sizeof *w, w, tile.mask[i], tile.cols, c->y + offset,
+                                   end - offset);
+                offset += (size_t)__builtin_popcountll(tile.mask[i]);
             }
         }
+    }
 }
 
 /* c += op(a) op(b) or, with beta 0, c = it; column by column, as BLAS has them. */
@@ -134,20 +146,26 @@ static void product_task(void *context, size_t item, int worker)
     const fp_packed *p = c->p;
     buffer *b = &c->buffers[worker];
     int forward = c->product == FP_FORWARD;
-    side from = forward ? columns_of(p) : rows_of(p), to = forward ? rows_of(p) : columns_of(p);
-    size_t parts = parts_in(c->tokens);
-    span results = span_of(to, item / parts), tokens = tokens_of(c->tokens, item % parts);
+    side from = forward ? columns_of(p, 0) : rows_of(p, 0);
+    side to = forward ? rows_of(p, 1) : columns_of(p, 1);
+    size_t parts = parts_in(c->tokens, to.blocks);
+    span results = span_of(to, item / parts), tokens = tokens_of(c->tokens, parts, item % parts);
     const float *x = (forward ? c->x : c->dy) + tokens.begin * from.features;
     float *y = c->y + tokens.begin * to.features + results.begin;
     for (size_t t = 0; t < tokens.size; t++)
         for (size_t i = 0; i < results.size; i++)
             y[t * to.features + i] = c->bias ? c->bias[results.begin + i] : 0;
-    for (size_t j = 0; j < blocks_in(from); j++) {
+    for (size_t j = 0; j < from.blocks; j++) {
         span sums = span_of(from, j);
         unpack(c, forward ? results : sums, forward ? sums : results, b);
         multiply(forward ? "T" : "N", "N", results.size, tokens.size, sums.size, b->w, STRIDE,
                  x + sums.begin, from.features, 1, y, to.features);
     }
+}
+
+static void run_products(dense_call *c, size_t blocks, int threads)
+{
+    fp_parallel_for(blocks * parts_in(c->tokens, blocks), threads, product_task, c);
 }
 
 /* A block of W. */
@@ -156,8 +174,8 @@ static void gradient_task(void *context, size_t item, int worker)
     const dense_call *c = context;
     const fp_packed *p = c->p;
     buffer *b = &c->buffers[worker];
-    size_t across = blocks_in(columns_of(p));
-    span rows = span_of(rows_of(p), item / across), cols = span_of(columns_of(p), item % across);
+    side down = rows_of(p, 1), across = columns_of(p, 1);
+    span rows = span_of(down, item / across.blocks), cols = span_of(across, item % across.blocks);
     multiply("N", "T", cols.size, rows.size, c->tokens, c->x + cols.begin, p->cols,
              c->dy + rows.begin, p->rows, 0, b->w, STRIDE);
     pack(c, rows, cols, b);
@@ -179,19 +197,19 @@ void fp_dense_forward(const fp_kernels *kernels, const fp_packed *p, const float
                       const float *bias, float *y, int threads, void *work)
 {
     dense_call c = {kernels, p, bias, x, NULL, y, tokens, work, FP_FORWARD};
-    fp_parallel_for(blocks_in(rows_of(p)) * parts_in(tokens), threads, product_task, &c);
+    run_products(&c, rows_of(p, 1).blocks, threads);
 }
 
 void fp_dense_backward(const fp_kernels *kernels, const fp_packed *p, const float *dy,
                        size_t tokens, float *dx, int threads, void *work)
 {
     dense_call c = {kernels, p, NULL, NULL, dy, dx, tokens, work, FP_BACKWARD};
-    fp_parallel_for(blocks_in(columns_of(p)) * parts_in(tokens), threads, product_task, &c);
+    run_products(&c, columns_of(p, 1).blocks, threads);
 }
 
 void fp_dense_gradient(const fp_kernels *kernels, const fp_packed *p, const float *dy,
                        const float *x, size_t tokens, float *dvalues, int threads, void *work)
 {
     dense_call c = {kernels, p, NULL, x, dy, dvalues, tokens, work, FP_GRADIENT};
-    fp_parallel_for(blocks_in(rows_of(p)) * blocks_in(columns_of(p)), threads, gradient_task, &c);
+    fp_parallel_for(rows_of(p, 1).blocks * columns_of(p, 1).blocks, threads, gradient_task, &c);
 }

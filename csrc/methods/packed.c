@@ -143,17 +143,17 @@ fp_status fp_packed_offsets(const uint64_t *mask, size_t rows, size_t cols, uint
 
 /* A row of a tile, by item size; fp_mask_bytes of a word is the word's own bytes, lowest first. */
 void fp_packed_pack_row(const fp_kernels *k, size_t item_size, const void *x, uint64_t mask,
-                        size_t n, void *values, size_t kept)
+                        size_t n, void *values, size_t room)
 {
     uint8_t bits[8];
     for (int i = 0; i < 8; i++)
         bits[i] = (uint8_t)(mask >> 8 * i);
     if (item_size == 2)
-        k->pack16(x, bits, n, values, kept);
+        k->pack16(x, bits, n, values, room);
     else if (item_size == 4)
-        k->pack32(x, bits, n, values, kept);
+        k->pack32(x, bits, n, values, room);
     else
-        k->pack64(x, bits, n, values, kept);
+        k->pack64(x, bits, n, values, room);
 }
 
 void fp_packed_unpack_row(const fp_kernels *k, size_t item_size, const void *values,
@@ -173,16 +173,17 @@ void fp_packed_unpack_row(const fp_kernels *k, size_t item_size, const void *val
 static void fill_row(void *context, size_t row, int worker)
 {
     make_call *c = context;
-    size_t cols = c->p->cols, size = c->item_size;
+    size_t cols = c->p->cols, size = c->item_size, across = fp_tiles_in(cols);
+    size_t end = (size_t)c->p->offset[(row + 1) * across]; /* the next row is another task's */
     (void)worker;
-    for (size_t col = 0; col < fp_tiles_in(cols); col++) {
+    for (size_t col = 0; col < across; col++) {
         fp_tile tile = fp_packed_tile(c->p, row, col);
-        char *values = c->values + tile.offset * size;
+        size_t offset = tile.offset;
         for (size_t i = 0; i < tile.rows; i++) {
-            size_t kept = (size_t)__builtin_popcountll(tile.mask[i]);
             const char *x = c->w + ((row * FP_TILE + i) * cols + col * FP_TILE) * size;
-            fp_packed_pack_row(c->kernels, size, x, tile.mask[i], tile.cols, values, kept);
-            values += kept * size;
+            fp_packed_pack_row(c->kernels, size, x, tile.mask[i], tile.cols,
+                               c->values + offset * size, end - offset);
+            offset += (size_t)__builtin_popcountll(tile.mask[i]);
         }
     }
 }
@@ -376,7 +377,7 @@ static void lookup_gradient(void *context, size_t col, int worker)
             float f32[FP_TILE];
         } picked;
         fp_packed_pack_row(c->kernels, size, c->drows + (item * p->cols + col * FP_TILE) * size,
-                           tile.mask[i], tile.cols, &picked, kept);
+                           tile.mask[i], tile.cols, &picked, FP_TILE);
         for (size_t k = 0; k < kept; k++) {
             if (p->dtype == FP_F64)
                 ((double *)c->dvalues)[offset + k] += picked.f64[k];

@@ -47,8 +47,9 @@ const float *fp_packed_floats(const fp_kernels *kernels, const fp_packed *p, siz
 void fp_packed_unpack_row(const fp_kernels *kernels, size_t item_size, const void *values,
                           size_t available, uint64_t mask, size_t n, void *x);
 
-/* The other way: of n elements the kept ones, whose number is given. */
+/* The other way: of n elements the kept ones. There is `room` for so many values, at least for
+ * these; where it is for more, nothing has to be done one by one, and what follows may change. */
 void fp_packed_pack_row(const fp_kernels *kernels, size_t item_size, const void *x, uint64_t mask,
-                        size_t n, void *values, size_t kept);
+                        size_t n, void *values, size_t room);
 
 #endif

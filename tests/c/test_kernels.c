@@ -9,16 +9,16 @@
 /* ---- pack and unpack ----------------------------------------------------------------- */
 
 static void pack(const fp_kernels *k, size_t item, const buffer *x, const uint8_t *mask, size_t n,
-                 buffer *values, size_t kept)
+                 buffer *values, size_t room)
 {
     const void *from = x->data;
     void *to = values->data;
     if (item == 2)
-        k->pack16(from, mask, n, to, kept);
+        k->pack16(from, mask, n, to, room);
     else if (item == 4)
-        k->pack32(from, mask, n, to, kept);
+        k->pack32(from, mask, n, to, room);
     else
-        k->pack64(from, mask, n, to, kept);
+        k->pack64(from, mask, n, to, room);
 }
 
 static void unpack(const fp_kernels *k, size_t item, const buffer *values, size_t kept,
@@ -86,6 +86,14 @@ static void test_pack_case(size_t n, size_t item, int density, int guarded)
         }
         free(exact.block);
         free(values.block);
+
+        size_t more = random_bits() % 100; /* what follows the values may be anything, not beyond */
+        buffer room = buffer_new((kept + more) * item, item, guarded);
+        pack(variants[a], item, &x, mask.data, n, &room, kept + more);
+        CHECK(!memcmp(room.data, packed, kept * item) && intact(&room),
+              "%s room for %zu more n=%zu item=%zu density=%d", variants[a]->name, more, n, item,
+              density);
+        free(room.block);
     }
 
     /* a mask with more bits than values: zeros, and no read past the values */
