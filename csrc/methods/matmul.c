@@ -205,7 +205,7 @@ static const double VECTOR_COST[FP_VECTOR_TOKENS + 1] = {0, 0.103, 0.117, 0.136,
 static const double SPARSE_COST = 0.12, SPARSE_COST_KEPT = 0.91;
 enum { MOST_VECTOR_TOKENS = 24, LEAST_DENSE_TOKENS = 96 };
 /* From where on BLAS is faster, by fp_product. */
-static const double LEAST_DENSE_DENSITY[] = {0.88, 0.7, 0.7};
+static const double LEAST_DENSE_DENSITY[] = {0.88, 0.69, 0.69};
 
 fp_matmul_method fp_matmul_choice(const fp_packed *p, fp_product product, size_t tokens)
 {
