@@ -7,9 +7,9 @@
 
 /* A block's tiles: it stays in the second cache, and is large enough for BLAS. */
 enum { DOWN = 8, ACROSS = 6, STRIDE = ACROSS * FP_TILE };
-/* How many tasks there are does not hang on the threads, whose number would show in the sums. For
- * those of small matrices to be even, and TASKS of them, results go in an even number of blocks,
- * and tokens, of which a task has so many, in two parts. */
+/* Tasks are the same for any number of threads, or sums would not be, and there are some even where
+ * the matrix is small: an even number of blocks of results, and if these are fewer than TASKS, two
+ * parts of the tokens, unless less than LEAST_TOKENS were in each. */
 enum { TASKS = 4, LEAST_TOKENS = 128, MOST_TOKENS = 512 };
 
 typedef struct buffer {
@@ -37,23 +37,25 @@ typedef struct side {
     size_t features, blocks;
 } side;
 
-/* So many, but for `results`, at most. */
-static side side_of(size_t features, size_t most, int results)
+/* What a product has them for: to add up over them in one task, or results of as many tasks. */
+typedef enum role { SUMS, RESULTS } role;
+
+static side side_of(size_t features, size_t most, role as)
 {
     size_t tiles = fp_tiles_in(features), blocks = (tiles + most - 1) / most;
-    if (results && blocks % 2 && blocks < tiles)
+    if (as == RESULTS && blocks % 2 && blocks < tiles)
         blocks++;
     return (side){features, blocks};
 }
 
-static side rows_of(const fp_packed *p, int results)
+static side rows_of(const fp_packed *p, role as)
 {
-    return side_of(p->rows, DOWN, results);
+    return side_of(p->rows, DOWN, as);
 }
 
-static side columns_of(const fp_packed *p, int results)
+static side columns_of(const fp_packed *p, role as)
 {
-    return side_of(p->cols, ACROSS, results);
+    return side_of(p->cols, ACROSS, as);
 }
 
 /* Into how many parts tokens go for so many blocks of results. */
@@ -146,8 +148,8 @@ static void product_task(void *context, size_t item, int worker)
     const fp_packed *p = c->p;
     buffer *b = &c->buffers[worker];
     int forward = c->product == FP_FORWARD;
-    side from = forward ? columns_of(p, 0) : rows_of(p, 0);
-    side to = forward ? rows_of(p, 1) : columns_of(p, 1);
+    side from = forward ? columns_of(p, SUMS) : rows_of(p, SUMS);
+    side to = forward ? rows_of(p, RESULTS) : columns_of(p, RESULTS);
     size_t parts = parts_in(c->tokens, to.blocks);
     span results = span_of(to, item / parts), tokens = tokens_of(c->tokens, parts, item % parts);
     const float *x = (forward ? c->x : c->dy) + tokens.begin * from.features;
@@ -174,7 +176,7 @@ static void gradient_task(void *context, size_t item, int worker)
     const dense_call *c = context;
     const fp_packed *p = c->p;
     buffer *b = &c->buffers[worker];
-    side down = rows_of(p, 1), across = columns_of(p, 1);
+    side down = rows_of(p, RESULTS), across = columns_of(p, RESULTS);
     span rows = span_of(down, item / across.blocks), cols = span_of(across, item % across.blocks);
     multiply("N", "T", cols.size, rows.size, c->tokens, c->x + cols.begin, p->cols,
              c->dy + rows.begin, p->rows, 0, b->w, STRIDE);
@@ -197,19 +199,20 @@ void fp_dense_forward(const fp_kernels *kernels, const fp_packed *p, const float
                       const float *bias, float *y, int threads, void *work)
 {
     dense_call c = {kernels, p, bias, x, NULL, y, tokens, work, FP_FORWARD};
-    run_products(&c, rows_of(p, 1).blocks, threads);
+    run_products(&c, rows_of(p, RESULTS).blocks, threads);
 }
 
 void fp_dense_backward(const fp_kernels *kernels, const fp_packed *p, const float *dy,
                        size_t tokens, float *dx, int threads, void *work)
 {
     dense_call c = {kernels, p, NULL, NULL, dy, dx, tokens, work, FP_BACKWARD};
-    run_products(&c, columns_of(p, 1).blocks, threads);
+    run_products(&c, columns_of(p, RESULTS).blocks, threads);
 }
 
 void fp_dense_gradient(const fp_kernels *kernels, const fp_packed *p, const float *dy,
                        const float *x, size_t tokens, float *dvalues, int threads, void *work)
 {
     dense_call c = {kernels, p, NULL, x, dy, dvalues, tokens, work, FP_GRADIENT};
-    fp_parallel_for(rows_of(p, 1).blocks * columns_of(p, 1).blocks, threads, gradient_task, &c);
+    fp_parallel_for(rows_of(p, RESULTS).blocks * columns_of(p, RESULTS).blocks, threads,
+                    gradient_task, &c);
 }
