@@ -379,9 +379,12 @@ PyObject *py_matmul_choice(PyObject *module, PyObject *args, PyObject *kwargs)
     fp_packed p;
     int product;
     PARSE("On|s", &tuple, &tokens, &name)
-    if (choice_from(name, "product", products, &product) || packed_from(module, tuple, &p))
+    const fp_kernels *kernels = kernels_named(module, NULL);
+    if (!kernels || choice_from(name, "product", products, &product) ||
+        packed_from(module, tuple, &p))
         return NULL;
     if (tokens < 0)
         return raise_status(FP_ERR_RANGE);
-    return PyUnicode_FromString(methods[fp_matmul_choice(&p, (fp_product)product, (size_t)tokens)]);
+    return PyUnicode_FromString(
+        methods[fp_matmul_choice(kernels, &p, (fp_product)product, (size_t)tokens)]);
 }

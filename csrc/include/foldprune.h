@@ -394,7 +394,8 @@ typedef enum fp_matmul_method {
 typedef enum fp_product { FP_FORWARD = 0, FP_BACKWARD, FP_GRADIENT } fp_product;
 
 /* What FP_MATMUL_AUTO does at a number of tokens. */
-fp_matmul_method fp_matmul_choice(const fp_packed *p, fp_product product, size_t tokens);
+fp_matmul_method fp_matmul_choice(const fp_kernels *kernels, const fp_packed *p, fp_product product,
+                                  size_t tokens);
 
 size_t fp_matmul_work(const fp_packed *p, size_t tokens, int threads); /* for any of these */
 

@@ -20,9 +20,10 @@ enum {
     FP_VALUES_AHEAD = 4096, /* bytes past its own that `vector` asks for, see fp_ask_ahead */
 };
 
-/* y[i][t] += sum_j w_ij x[j][t] */
+/* y[i][t] += sum_j w_ij x[j][t]; kept is how many values there are */
 #define FP_FORWARD_SIGNATURE(real)                                                                 \
-    (const uint64_t *mask, size_t rows, const real *values, const real *x, size_t width, real *y)
+    (const uint64_t *mask, size_t rows, const real *values, size_t kept, const real *x,            \
+     size_t width, real *y)
 /* dx[j][t] += sum_i w_ij dy[i][t] */
 #define FP_BACKWARD_SIGNATURE(real)                                                                \
     (const uint64_t *mask, size_t rows, const real *values, const real *dy, size_t width, real *dx)
@@ -37,6 +38,7 @@ enum {
 
 typedef struct fp_matmul_kernels {
     size_t width_max; /* that the three with `width` take */
+    int expands;      /* whether `forward` expands values where much is kept */
     void(*forward) FP_FORWARD_SIGNATURE(float);
     void(*backward) FP_BACKWARD_SIGNATURE(float);
     void(*gradient) FP_GRADIENT_SIGNATURE(float);

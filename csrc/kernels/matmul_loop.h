@@ -12,6 +12,10 @@
  *     chains_of(vectors): 1 or 2, for rows of so many vectors;
  *     splat_weight(a, vectors): splat(a), where `forward` meets so many vectors with it;
  *
+ * and, if it expands values by a mask fast (what matmul_vector.h needs), defines EXPANDS and
+ *
+ *     expand_from(width): more values a row than that `forward` expands;
+ *
  * and then includes this file. */
 #include "matmul.h"
 #include "target.h"
@@ -32,6 +36,12 @@ static inline vector splat_weight(float a, int vectors)
 
 enum { MOST = WIDTH / LANES, STEP = FP_WIDTH_STEP / LANES };
 
+#ifdef EXPANDS
+enum { FORWARD_EXPANDS = 1 };
+#else
+enum { FORWARD_EXPANDS = 0 };
+#endif
+
 /* Calls body(..., vectors) with `vectors` a constant, so that sums stay in registers. */
 #define BY_WIDTH(body, ...)                                                                        \
     switch (width / FP_WIDTH_STEP) {                                                               \
@@ -50,50 +60,71 @@ enum { MOST = WIDTH / LANES, STEP = FP_WIDTH_STEP / LANES };
             body(__VA_ARGS__, (steps) * STEP);                                                     \
         break;
 
-/* Rows that are whole go together, so that a vector of x serves WHOLE_ROWS of them; their sums over
- * up to WHOLE_VECTORS of tokens fill three quarters of the registers, of which AVX2 has 16. */
-enum { WHOLE_ROWS = LANES == 8 ? 2 : 4, WHOLE_VECTORS = 6 };
+/* ---- whole rows, and what is expanded to them ---- */
 
-/* Whether the next WHOLE_ROWS of so many rows are; most often the first one says no. */
-static inline int are_whole(const uint64_t *mask, size_t rows)
+/* They go together, so that a vector of x serves some of them; their sums over up to WHOLE_VECTORS
+ * of tokens fill three quarters of the registers, of which AVX2 has 16. */
+enum { WHOLE_VECTORS = 6, MOST_TOGETHER = 4 };
+
+static inline int rows_together(int vectors)
 {
-    if (mask[0] != UINT64_MAX || rows < WHOLE_ROWS)
+    return LANES == 8 && vectors > 2 ? 2 : 4;
+}
+
+/* Whether the next `together` of so many rows are whole; most often the first one says no. */
+INLINE int are_whole(const uint64_t *mask, size_t rows, const int together)
+{
+    if (mask[0] != UINT64_MAX || rows < (size_t)together)
         return 0;
     uint64_t all = UINT64_MAX;
     FP_UNROLL
-    for (int i = 1; i < WHOLE_ROWS; i++)
+    for (int i = 1; i < together; i++)
         all &= mask[i];
     return all == UINT64_MAX;
 }
 
-INLINE void whole_body(const float *values, const float *x, float *y, size_t width,
-                       const int vectors)
+INLINE void whole_part(const float *values, const float *x, float *y, size_t width,
+                       const int vectors, const int together)
 {
-    vector sum[WHOLE_ROWS][WHOLE_VECTORS];
+    vector sum[MOST_TOGETHER][WHOLE_VECTORS];
     FP_UNROLL
-    for (int n = 0; n < WHOLE_ROWS * vectors; n++)
+    for (int n = 0; n < together * vectors; n++)
         sum[n / vectors][n % vectors] = zero();
     for (size_t j = 0; j < FP_TILE; j++, x += width) {
-        vector w[WHOLE_ROWS];
+        vector w[MOST_TOGETHER];
         FP_UNROLL
-        for (int i = 0; i < WHOLE_ROWS; i++)
+        for (int i = 0; i < together; i++)
             w[i] = splat(values[FP_TILE * i + (int)j]);
         FP_UNROLL
         for (int v = 0; v < vectors; v++) {
             vector from = load(x + LANES * v);
             FP_IN_REGISTER(from);
             FP_UNROLL
-            for (int i = 0; i < WHOLE_ROWS; i++)
+            for (int i = 0; i < together; i++)
                 sum[i][v] = muladd(w[i], from, sum[i][v]);
         }
     }
     FP_UNROLL
-    for (int i = 0; i < WHOLE_ROWS; i++, y += width) {
+    for (int i = 0; i < together; i++, y += width) {
         FP_UNROLL
         for (int v = 0; v < vectors; v++)
             store(y + LANES * v, add(load(y + LANES * v), sum[i][v]));
     }
 }
+
+/* Whole rows of values one after the other. */
+INLINE void whole_body(const float *values, const float *x, float *y, const int vectors,
+                       const int together)
+{
+    const int parts = (vectors + WHOLE_VECTORS - 1) / WHOLE_VECTORS;
+    const int part = (vectors + parts - 1) / parts;
+    FP_UNROLL
+    for (int v = 0; v < vectors; v += part)
+        whole_part(values, x + LANES * v, y + LANES * v, (size_t)vectors * LANES,
+                   vectors - v < part ? vectors - v : part, together);
+}
+
+/* ---- kept values one by one ---- */
 
 /* Sums for a row of a tile, or a column. In two chains that take turns where one alone would wait
  * for its last multiply-add before the next, and there are registers for two. */
@@ -141,20 +172,16 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
                          float *y, const int vectors)
 {
     const size_t width = (size_t)vectors * LANES;
-    const int chains = chains_of(vectors);
+    const int chains = chains_of(vectors), together = rows_together(vectors);
+    const size_t others = (size_t)together - 1;
     for (size_t i = 0; i < rows; i++, y += width) {
         if (!mask[i])
             continue;
-        if (are_whole(mask + i, rows - i)) {
-            const int parts = (vectors + WHOLE_VECTORS - 1) / WHOLE_VECTORS;
-            const int part = (vectors + parts - 1) / parts;
-            FP_UNROLL
-            for (int v = 0; v < vectors; v += part)
-                whole_body(values, x + LANES * v, y + LANES * v, width,
-                           vectors - v < part ? vectors - v : part);
-            values += WHOLE_ROWS * FP_TILE;
-            i += WHOLE_ROWS - 1;
-            y += (WHOLE_ROWS - 1) * width;
+        if (are_whole(mask + i, rows - i, together)) {
+            whole_body(values, x, y, vectors, together);
+            values += together * FP_TILE;
+            i += others;
+            y += others * width;
             continue;
         }
         uint64_t m = mask[i];
@@ -177,8 +204,55 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
     }
 }
 
+#ifdef EXPANDS
+/* The next `together` rows of the values up to `end`, which may be read LANES further than they are
+ * used: the last ones are so in a copy. Returns where they end. */
+INLINE const float *expand_rows(const uint64_t *mask, const float *values, const float *end,
+                                float *whole, const int together)
+{
+    float last[MOST_TOGETHER * FP_TILE + LANES];
+    const size_t most = (size_t)together * FP_TILE + LANES, left = (size_t)(end - values);
+    const float *from = values;
+    if (left < most)
+        from = memcpy(last, values, left * sizeof *values);
+    const float *at = from;
+    for (int i = 0; i < together; i++) {
+        const uint8_t *bytes = (const uint8_t *)(mask + i);
+        FP_UNROLL
+        for (int v = 0; v < FP_TILE / LANES; v++, whole += LANES) {
+            store(whole, expand_f32(at, bytes, v));
+            at += __builtin_popcountll(mask_bits(bytes, v));
+        }
+    }
+    return values + (at - from);
+}
+
+/* As forward_body, where much is kept. */
+INLINE void expanded_body(const uint64_t *mask, size_t rows, const float *values, size_t kept,
+                          const float *x, float *y, const int vectors)
+{
+    const int together = rows_together(vectors);
+    const float *end = values + kept;
+    float whole[MOST_TOGETHER * FP_TILE];
+    for (; rows >= (size_t)together; rows -= (size_t)together) {
+        values = expand_rows(mask, values, end, whole, together);
+        whole_body(whole, x, y, vectors, together);
+        mask += together;
+        y += together * vectors * LANES;
+    }
+    forward_body(mask, rows, values, x, y, vectors);
+}
+#endif
+
 static void forward FP_FORWARD_SIGNATURE(float)
 {
+#ifdef EXPANDS
+    if (kept < rows * FP_TILE && kept > rows * expand_from(width)) {
+        BY_WIDTH(expanded_body, mask, rows, values, kept, x, y)
+        return;
+    }
+#endif
+    (void)kept;
     BY_WIDTH(forward_body, mask, rows, values, x, y)
 }
 

@@ -6,6 +6,7 @@
 #define DEFINE(real, suffix)                                                                       \
     FP_STATIC_##suffix void fp_forward##suffix##_scalar FP_FORWARD_SIGNATURE(real)                 \
     {                                                                                              \
+        (void)kept;                                                                                \
         for (size_t i = 0; i < rows; i++)                                                          \
             for (uint64_t m = mask[i]; m; m &= m - 1) {                                            \
                 const real *from = x + width * (size_t)__builtin_ctzll(m);                         \

@@ -99,6 +99,7 @@ DEFINE_BODY(int8_t, i8)
 #define FP_DEFINE_MATMUL(isa)                                                                      \
     const fp_matmul_kernels fp_matmul_##isa = {                                                    \
         .width_max = WIDTH,                                                                        \
+        .expands = FORWARD_EXPANDS,                                                                \
         .forward = forward,                                                                        \
         .backward = backward,                                                                      \
         .gradient = gradient,                                                                      \

@@ -203,11 +203,13 @@ static void run_vector(vector_call *c, int threads, void *work)
  * little and then by what is kept, nearly alike for 16 and for 32 tokens. */
 static const double VECTOR_COST[FP_VECTOR_TOKENS + 1] = {0, 0.103, 0.117, 0.136, 0.159};
 static const double SPARSE_COST = 0.12, SPARSE_COST_KEPT = 0.91;
+static const double EXPANDED_COST[] = {0.42, 0.73}; /* for 16 and 32 tokens, whatever is kept */
 enum { MOST_VECTOR_TOKENS = 24, LEAST_DENSE_TOKENS = 96 };
 /* From where on BLAS is faster, by fp_product. */
 static const double LEAST_DENSE_DENSITY[] = {0.88, 0.69, 0.69};
 
-fp_matmul_method fp_matmul_choice(const fp_packed *p, fp_product product, size_t tokens)
+fp_matmul_method fp_matmul_choice(const fp_kernels *kernels, const fp_packed *p, fp_product product,
+                                  size_t tokens)
 {
     double elements = (double)p->rows * (double)p->cols;
     double density = (double)fp_packed_kept(p) / fmax(elements, 1);
@@ -215,8 +217,10 @@ fp_matmul_method fp_matmul_choice(const fp_packed *p, fp_product product, size_t
         return FP_MATMUL_SPARSE;
     double vector = VECTOR_COST[FP_VECTOR_TOKENS] * (double)(tokens / FP_VECTOR_TOKENS) +
                     VECTOR_COST[tokens % FP_VECTOR_TOKENS];
-    if (product == FP_FORWARD && tokens <= MOST_VECTOR_TOKENS &&
-        vector < SPARSE_COST + SPARSE_COST_KEPT * density)
+    double sparse = SPARSE_COST + SPARSE_COST_KEPT * density;
+    if (kernels->matmul->expands)
+        sparse = fmin(sparse, EXPANDED_COST[tokens > FP_WIDTH_STEP]);
+    if (product == FP_FORWARD && tokens <= MOST_VECTOR_TOKENS && vector < sparse)
         return FP_MATMUL_VECTOR;
     int much = density > LEAST_DENSE_DENSITY[product];
     if (product == FP_FORWARD && density == 1)
@@ -252,11 +256,11 @@ static fp_status check(const fp_kernels *kernels, const fp_packed *p, const void
 }
 
 /* FP_OK and what *method is now. */
-static fp_status settle(const fp_packed *p, fp_product product, size_t tokens,
-                        fp_matmul_method *method)
+static fp_status settle(const fp_kernels *kernels, const fp_packed *p, fp_product product,
+                        size_t tokens, fp_matmul_method *method)
 {
     if (*method == FP_MATMUL_AUTO)
-        *method = fp_matmul_choice(p, product, tokens);
+        *method = fp_matmul_choice(kernels, p, product, tokens);
     if (*method == FP_MATMUL_VECTOR && product != FP_FORWARD)
         return FP_ERR_ARGUMENT;
     return *method == FP_MATMUL_DENSE && !fp_dense_fits(p, tokens) ? FP_ERR_OVERFLOW : FP_OK;
@@ -268,7 +272,7 @@ fp_status fp_matmul_forward(const fp_kernels *kernels, const fp_packed *p, const
 {
     fp_status status = check(kernels, p, x, p ? p->cols : 0, y, p ? p->rows : 0, tokens, threads,
                              work, work_bytes);
-    if (status || (status = settle(p, FP_FORWARD, tokens, &method)))
+    if (status || (status = settle(kernels, p, FP_FORWARD, tokens, &method)))
         return status;
     if (p->dtype == FP_F64) {
         call_f64 c = {.kernels = kernels, .p = p, .bias = bias, .y = y};
@@ -298,7 +302,7 @@ fp_status fp_matmul_backward(const fp_kernels *kernels, const fp_packed *p, cons
 {
     fp_status status = check(kernels, p, dy, p ? p->rows : 0, dx, p ? p->cols : 0, tokens, threads,
                              work, work_bytes);
-    if (status || (status = settle(p, FP_BACKWARD, tokens, &method)))
+    if (status || (status = settle(kernels, p, FP_BACKWARD, tokens, &method)))
         return status;
     if (p->dtype == FP_F64) {
         call_f64 c = {.kernels = kernels, .p = p, .y = dx};
@@ -325,7 +329,7 @@ fp_status fp_matmul_gradient(const fp_kernels *kernels, const fp_packed *p, cons
     if (!kernels || (tokens && ((p->rows && !dy) || (p->cols && !x))) || (kept && !dvalues) ||
         !work || work_bytes < fp_matmul_work(p, tokens, threads))
         return FP_ERR_ARGUMENT;
-    if (!kept || (status = settle(p, FP_GRADIENT, tokens, &method)))
+    if (!kept || (status = settle(kernels, p, FP_GRADIENT, tokens, &method)))
         return status;
     if (p->dtype != FP_F64 && method == FP_MATMUL_DENSE) {
         fp_dense_gradient(kernels, p, dy, x, tokens, dvalues, threads, work);

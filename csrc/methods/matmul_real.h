@@ -98,7 +98,7 @@ static void NAME(forward_tiles)(const NAME(call) * c, const token_tile *tokens, 
             const REAL *values = NAME(values)(c->kernels, p, tile.offset, tile.kept, b->values);
             if (col + 1 < fp_tiles_in(p->cols))
                 prefetch_part(x + size, size * sizeof(REAL), row - first, end - first);
-            NAME(forward)(c->kernels, tile.mask, tile.rows, values, x, tokens->width,
+            NAME(forward)(c->kernels, tile.mask, tile.rows, values, tile.kept, x, tokens->width,
                           b->sums + (row - first) * size);
         }
     }

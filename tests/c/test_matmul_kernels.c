@@ -74,7 +74,8 @@ static void check_forward(const tile *t, size_t width)
         if (width > variants[v]->matmul->width_max)
             continue;
         buffer y = buffer_copy(before.data, before.size, sizeof(float));
-        variants[v]->matmul->forward(t->mask, t->rows, of(&t->values), of(&x), width, of(&y));
+        variants[v]->matmul->forward(t->mask, t->rows, of(&t->values), t->kept, of(&x), width,
+                                     of(&y));
         int right = intact(&y);
         for (size_t i = 0; i < t->rows; i++)
             for (size_t c = 0; c < width; c++) {
