@@ -196,15 +196,16 @@ def test_many_tokens(threads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_blocks_of_the_dense_products(dtype: str) -> None:
+@pytest.mark.parametrize("tokens", [40, 300])  # in one part, in two
+def test_blocks_of_the_dense_products(dtype: str, tokens: int) -> None:
     """Two by two of them, that are not whole."""
     packed = foldprune.pack(matrix(700, 500).astype(np.float32), dtype=dtype)
-    w, x, dy = packed.unpack().astype(np.float64), normal(40, 500), normal(40, 700)
+    w, x, dy = packed.unpack().astype(np.float64), normal(tokens, 500), normal(tokens, 700)
     close(_core.matmul(packed._core, x, None, 3, "dense"), x @ w.T, 500)
     close(_core.matmul_backward(packed._core, dy, 3, "dense"), dy @ w, 700)
     if dtype != "int8":
         found = _core.matmul_gradient(packed._core, dy, x, 3, "dense")
-        close(found, kept(packed, dy.astype(np.float64).T @ x), 40)
+        close(found, kept(packed, dy.astype(np.float64).T @ x), tokens)
 
 
 @pytest.mark.parametrize("isa", VARIANTS)
@@ -226,8 +227,9 @@ def test_bytes_do_not_depend_on_threads(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", VARIANTS)
-def test_a_token_is_the_same_in_any_company(isa: str) -> None:
-    packed = foldprune.pack(matrix(130, 140).astype(np.float32))
+@pytest.mark.parametrize("density", [0.3, 0.6])  # of the latter, few tokens meet expanded rows
+def test_a_token_is_the_same_in_any_company(isa: str, density: float) -> None:
+    packed = foldprune.pack(matrix(130, 140, density).astype(np.float32))
     x = normal(120, 140)
     together = _core.matmul(packed._core, x, None, 1, "sparse", isa)
     alone = [_core.matmul(packed._core, x[i : i + 1], None, 1, "sparse", isa) for i in (0, 50, 119)]

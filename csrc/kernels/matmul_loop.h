@@ -36,12 +36,6 @@ static inline vector splat_weight(float a, int vectors)
 
 enum { MOST = WIDTH / LANES, STEP = FP_WIDTH_STEP / LANES };
 
-#ifdef EXPANDS
-enum { FORWARD_EXPANDS = 1 };
-#else
-enum { FORWARD_EXPANDS = 0 };
-#endif
-
 /* Calls body(..., vectors) with `vectors` a constant, so that sums stay in registers. */
 #define BY_WIDTH(body, ...)                                                                        \
     switch (width / FP_WIDTH_STEP) {                                                               \
@@ -205,6 +199,8 @@ INLINE void forward_body(const uint64_t *mask, size_t rows, const float *values,
 }
 
 #ifdef EXPANDS
+enum { FORWARD_EXPANDS = 1 };
+
 /* The next `together` rows of the values up to `end`, which may be read LANES further than they are
  * used: the last ones are so in a copy. Returns where they end. */
 INLINE const float *expand_rows(const uint64_t *mask, const float *values, const float *end,
@@ -242,19 +238,24 @@ INLINE void expanded_body(const uint64_t *mask, size_t rows, const float *values
     }
     forward_body(mask, rows, values, x, y, vectors);
 }
-#endif
 
 static void forward FP_FORWARD_SIGNATURE(float)
 {
-#ifdef EXPANDS
     if (kept < rows * FP_TILE && kept > rows * expand_from(width)) {
         BY_WIDTH(expanded_body, mask, rows, values, kept, x, y)
-        return;
+    } else {
+        BY_WIDTH(forward_body, mask, rows, values, x, y)
     }
-#endif
+}
+#else
+enum { FORWARD_EXPANDS = 0 };
+
+static void forward FP_FORWARD_SIGNATURE(float)
+{
     (void)kept;
     BY_WIDTH(forward_body, mask, rows, values, x, y)
 }
+#endif
 
 /* bit i of columns[j] = bit j of mask[i]: squares of 32, 16, ... 1 bits are swapped
  * across the diagonal. */

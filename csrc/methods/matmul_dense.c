@@ -116,13 +116,8 @@ static void pack(const dense_call *c, span rows, span cols, buffer *b)
         size_t end = (size_t)c->p->offset[row * across + cols.end]; /* of this task's values */
         for (size_t col = cols.first; col < cols.end; col++) {
             fp_tile tile = fp_packed_tile(c->p, row, col);
-            const float *w = place(b, rows, cols, row, col);
-            size_t offset = tile.offset;
-            for (size_t i = 0; i < tile.rows; i++, w += STRIDE) {
-                fp_packed_pack_row(c->kernels, sizeof *w, w, tile.mask[i], tile.cols, c->y + offset,
-                                   end - offset);
-                offset += (size_t)__builtin_popcountll(tile.mask[i]);
-            }
+            fp_packed_pack_tile(c->kernels, sizeof(float), &tile, place(b, rows, cols, row, col),
+                                STRIDE, c->y, end);
         }
     }
 }

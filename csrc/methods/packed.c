@@ -141,9 +141,9 @@ fp_status fp_packed_offsets(const uint64_t *mask, size_t rows, size_t cols, uint
     return FP_OK;
 }
 
-/* A row of a tile, by item size; fp_mask_bytes of a word is the word's own bytes, lowest first. */
-void fp_packed_pack_row(const fp_kernels *k, size_t item_size, const void *x, uint64_t mask,
-                        size_t n, void *values, size_t room)
+/* A row of a tile, by item size. Kernels take masks byte by byte, lowest bits first. */
+static void pack_row(const fp_kernels *k, size_t item_size, const void *x, uint64_t mask, size_t n,
+                     void *values, size_t room)
 {
     uint8_t bits[8];
     for (int i = 0; i < 8; i++)
@@ -170,6 +170,18 @@ void fp_packed_unpack_row(const fp_kernels *k, size_t item_size, const void *val
         k->unpack64(values, available, bits, n, x);
 }
 
+void fp_packed_pack_tile(const fp_kernels *k, size_t item_size, const fp_tile *tile, const void *x,
+                         size_t stride, void *values, size_t end)
+{
+    const char *from = x;
+    size_t offset = tile->offset;
+    for (size_t i = 0; i < tile->rows; i++, from += stride * item_size) {
+        pack_row(k, item_size, from, tile->mask[i], tile->cols, (char *)values + offset * item_size,
+                 end - offset);
+        offset += (size_t)__builtin_popcountll(tile->mask[i]);
+    }
+}
+
 static void fill_row(void *context, size_t row, int worker)
 {
     make_call *c = context;
@@ -178,13 +190,8 @@ static void fill_row(void *context, size_t row, int worker)
     (void)worker;
     for (size_t col = 0; col < across; col++) {
         fp_tile tile = fp_packed_tile(c->p, row, col);
-        size_t offset = tile.offset;
-        for (size_t i = 0; i < tile.rows; i++) {
-            const char *x = c->w + ((row * FP_TILE + i) * cols + col * FP_TILE) * size;
-            fp_packed_pack_row(c->kernels, size, x, tile.mask[i], tile.cols,
-                               c->values + offset * size, end - offset);
-            offset += (size_t)__builtin_popcountll(tile.mask[i]);
-        }
+        const char *x = c->w + (row * FP_TILE * cols + col * FP_TILE) * size;
+        fp_packed_pack_tile(c->kernels, size, &tile, x, cols, c->values, end);
     }
 }
 
@@ -376,8 +383,8 @@ static void lookup_gradient(void *context, size_t col, int worker)
             double f64[FP_TILE];
             float f32[FP_TILE];
         } picked;
-        fp_packed_pack_row(c->kernels, size, c->drows + (item * p->cols + col * FP_TILE) * size,
-                           tile.mask[i], tile.cols, &picked, FP_TILE);
+        pack_row(c->kernels, size, c->drows + (item * p->cols + col * FP_TILE) * size, tile.mask[i],
+                 tile.cols, &picked, FP_TILE);
         for (size_t k = 0; k < kept; k++) {
             if (p->dtype == FP_F64)
                 ((double *)c->dvalues)[offset + k] += picked.f64[k];

@@ -47,9 +47,10 @@ const float *fp_packed_floats(const fp_kernels *kernels, const fp_packed *p, siz
 void fp_packed_unpack_row(const fp_kernels *kernels, size_t item_size, const void *values,
                           size_t available, uint64_t mask, size_t n, void *x);
 
-/* The other way: of n elements the kept ones. There is `room` for so many values, at least for
- * these; where it is for more, nothing has to be done one by one, and what follows may change. */
-void fp_packed_pack_row(const fp_kernels *kernels, size_t item_size, const void *x, uint64_t mask,
-                        size_t n, void *values, size_t room);
+/* The other way, for a tile of elements whose rows are `stride` apart. Of the matrix' values those
+ * from the tile's own on, and up to `end`, may change: where that is further than these, nothing
+ * has to be done one by one. */
+void fp_packed_pack_tile(const fp_kernels *kernels, size_t item_size, const fp_tile *tile,
+                         const void *x, size_t stride, void *values, size_t end);
 
 #endif
